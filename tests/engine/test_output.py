@@ -1,5 +1,7 @@
 """Text as it grows: a stop string is found at every split, and nothing of it is ever shown."""
 
+from itertools import pairwise
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -19,7 +21,7 @@ def run(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, bool, list[str]
 
 
 def by_characters(stops: tuple[str, ...], text: str) -> tuple[str, bool]:
-    """The definition: the first prefix of the text that ends with a stop string, without it (the longest, of several)."""
+    """The definition: the first prefix that ends with a stop string, without it (the longest, of several)."""
     for end in range(1, len(text) + 1):
         matches = [s for s in stops if text[:end].endswith(s)]
         if matches:
@@ -29,7 +31,7 @@ def by_characters(stops: tuple[str, ...], text: str) -> tuple[str, bool]:
 
 def splits(text: str, cuts: list[int]) -> list[str]:
     edges = sorted({0, len(text), *(c % (len(text) + 1) for c in cuts)})
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 words = st.text("ab\n", max_size=12)

@@ -1,11 +1,13 @@
 """The engine: scheduler, runner and sampler, one step at a time on the caller's thread.
 
-An exception inside a step, Ctrl-C included, leaves every request where it was before the step: whoever asked for one
-cancels it, or steps again.
+An exception inside a step, Ctrl-C included, leaves every request as if the step had not been, at worst to be computed
+again: whoever asked for it cancels it, or steps on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
@@ -36,11 +38,13 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends a request and frees its pages; nothing happens if it has ended already."""
-        self._finish(request, "cancelled")
+        with self._bookkeeping():
+            self._finish(request, "cancelled")
 
     def step(self) -> bool:
         """Computes one batch and gives each of its answers a token. False if there was nothing to do."""
-        batch = self.scheduler.schedule()
+        with self._bookkeeping():
+            batch = self.scheduler.schedule()
         if batch is None:
             return False
         logits = self.runner.run(batch)
@@ -50,10 +54,19 @@ class Engine:
             tokens = sample(
                 logits, [r.params for r in sampling], [r.seed for r in sampling], [r.generated for r in sampling]
             )
-        self.scheduler.advance(batch, tokens)
-        for request, token in zip(sampling, tokens):
-            self._deliver(request, token)
+        with self._bookkeeping():
+            self.scheduler.advance(batch, tokens)
+            for request, token in zip(sampling, tokens):
+                self._deliver(request, token)
         return True
+
+    @contextmanager
+    def _bookkeeping(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.scheduler.reset()
+            raise
 
     def _deliver(self, request: Request, token: int) -> None:
         """Adds a token to its request's text, and ends the request if that was its last."""

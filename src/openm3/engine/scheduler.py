@@ -95,12 +95,20 @@ class Scheduler:
         """Ends a request at any stage and takes its pages back; one that has ended already stays as it is."""
         if request.state is State.FINISHED:
             return
-        if request.state is State.RUNNING:
-            self.running.remove(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
+        request.finish_reason, request.state = reason, State.FINISHED
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
         self._free_pages(request)
-        request.state, request.finish_reason = State.FINISHED, reason
+
+    def reset(self) -> None:
+        """All unfinished requests wait again, all pages are free: the way out of bookkeeping that broke off midway."""
+        unfinished = {r for r in (*self.running, *self.waiting) if r.state is not State.FINISHED}
+        self.waiting = deque(sorted(unfinished, key=lambda r: r.arrival))
+        self.running = []
+        self.pool = PagePool(self.pool.num_pages)
+        for request in self.waiting:
+            request.state, request.pages, request.computed = State.WAITING, [], 0
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -114,7 +122,8 @@ class Scheduler:
                 return
             request.pages = self.pool.allocate(needed)
             request.state = State.RUNNING
-            self.running.append(self.waiting.popleft())
+            self.running.append(request)
+            self.waiting.popleft()
 
     def _grow(self, request: Request) -> None:
         """Makes room for an answer's newest token, from the youngest request (itself, maybe) if no page is free."""
@@ -125,10 +134,10 @@ class Scheduler:
             request.pages += self.pool.allocate(missing, after=request.pages[-1])
 
     def _preempt(self, request: Request) -> None:
+        self.waiting.appendleft(request)
         self.running.remove(request)
         self._free_pages(request)
         request.state = State.WAITING
-        self.waiting.appendleft(request)
 
     def _free_pages(self, request: Request) -> None:
         pages, request.pages, request.computed = request.pages, [], 0
