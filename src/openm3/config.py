@@ -421,7 +421,7 @@ def _nano() -> M3Config:
         pad_token_id=NANO_SPECIALS["]!p~["], bos_token_id=NANO_SPECIALS["]~!b["], eos_token_id=NANO_SPECIALS["[e~["],
     )  # fmt: skip
     vision = VisionConfig(
-        hidden_size=192, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, image_size=336
+        hidden_size=192, intermediate_size=608, num_hidden_layers=4, num_attention_heads=4, image_size=336
     )
     return M3Config(
         text=text, vision=vision, projector_hidden_size=320,

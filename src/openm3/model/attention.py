@@ -1,0 +1,87 @@
+"""Grouped-query attention with per-head norms and partial RoPE, dense or through MSA with its index branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from openm3 import msa
+from openm3.config import TextConfig
+from openm3.model.cache import LayerCache
+from openm3.model.layers import RMSNorm, apply_rope
+
+Stage = Literal["infer", "train", "warmup", "dense"]
+STAGES = ("infer", "train", "warmup", "dense")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one forward share. cos, sin float32 [T, rotary_dim / 2]; slots int64 [T] with a cache."""
+
+    plan: msa.Plan
+    cos: Tensor
+    sin: Tensor
+    stage: Stage
+    slots: Tensor | None
+    index_queries: Tensor | None
+
+
+class Attention(nn.Module):
+    """One layer's attention. `index_proj` holds the index branch's query and key rows (sparse layers only)."""
+
+    def __init__(self, config: TextConfig, sparse: bool, **factory):
+        super().__init__()
+        h, d = config.hidden_size, config.head_dim
+        self.q_heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, d
+        self.qkv_proj = nn.Linear(h, (self.q_heads + 2 * self.kv_heads) * d, bias=False, **factory)
+        self.o_proj = nn.Linear(self.q_heads * d, h, bias=False, **factory)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps, **factory)
+        self.k_norm = RMSNorm(d, config.rms_norm_eps, **factory)
+        self.index_heads = config.sparse.index_heads if sparse else 0
+        if sparse:
+            di = config.sparse.index_dim
+            self.index_proj = nn.Linear(h, (self.index_heads + 1) * di, bias=False, **factory)
+            self.index_q_norm = RMSNorm(di, config.rms_norm_eps, **factory)
+            self.index_k_norm = RMSNorm(di, config.rms_norm_eps, **factory)
+
+    def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> tuple[Tensor, Tensor | None]:
+        """[T, H] -> [T, H] and this layer's index loss (stages "train" and "warmup")."""
+        sizes = (self.q_heads, self.kv_heads, self.kv_heads)
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(sizes, dim=1)  # [T, Hq | Hkv, D]
+        q = apply_rope(self.q_norm(q), step.cos, step.sin)
+        k = apply_rope(self.k_norm(k), step.cos, step.sin)
+        v = v.to(q.dtype)
+        index_q = index_k = None
+        if self.index_heads and step.stage != "dense":
+            index_q, index_k = self._index(x, step)
+        with torch.autocast(x.device.type, enabled=False):
+            out, loss = self._attend(q, k, v, index_q, index_k, step, cache)
+        return self.o_proj(out.flatten(1)), loss
+
+    def _index(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The index branch: [T, Hi, Di] queries and [T, Di] keys. It never sends a gradient into x."""
+        heads = self.index_proj(x.detach()).unflatten(-1, (self.index_heads + 1, -1))
+        q = apply_rope(self.index_q_norm(heads[:, :-1]), step.cos, step.sin)
+        k = apply_rope(self.index_k_norm(heads[:, -1:]), step.cos, step.sin)
+        return q, k.squeeze(1)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor | None, index_k: Tensor | None, step: Step,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if cache is not None:
+            cache.store(step.slots, k, v, index_k)
+            k, v, index_k = cache.k, cache.v, cache.index_k
+        if index_q is None:
+            return msa.dense_attention(q, k, v, step.plan), None
+        if step.stage == "warmup":
+            loss = msa.index_loss(index_q, index_k, q, k, None, step.plan, queries=step.index_queries)
+            return msa.dense_attention(q, k, v, step.plan), loss
+        blocks = msa.select_blocks(index_q, index_k, step.plan)
+        loss = None
+        if step.stage == "train":
+            loss = msa.index_loss(index_q, index_k, q, k, blocks, step.plan, queries=step.index_queries)
+        return msa.sparse_attention(q, k, v, blocks, step.plan), loss

@@ -1,0 +1,134 @@
+"""The vision tower, for images and video alike: patches in, one embedding for each 2x2 patches out.
+
+Rows of all images travel packed; attention is full within one grid entry (an image, or a video segment). Entries of the
+same number of rows attend as one batch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm3.config import M3Config, VisionConfig
+from openm3.model.layers import apply_rope
+
+Grid = tuple[tuple[int, int, int], ...]
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
+
+
+@lru_cache(maxsize=256)
+def _coordinates(t: int, h: int, w: int, merge: int) -> Tensor:
+    """float32 [t * h * w, 3]: each row's (t, h, w) in the order (t, h / merge, w / merge, merge, merge)."""
+    grid = torch.stack(torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij"), dim=-1)
+    grid = grid.view(t, h // merge, merge, w // merge, merge, 3).transpose(2, 3)
+    return grid.reshape(-1, 3).float()
+
+
+def vision_rope(grid: Grid, config: VisionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin float32 [rows, 3 * (head_dim // 3 // 2)]: the angles of t, h and w side by side, one set of frequencies."""
+    each = 2 * ((config.head_dim // 3) // 2)
+    exponent = torch.arange(0, each, 2).float() / each
+    frequencies = (1.0 / config.rope_theta**exponent).to(device)
+    where = torch.cat([_coordinates(*entry, config.spatial_merge_size) for entry in grid]).to(device, non_blocking=True)
+    angles = (where[..., None] * frequencies).flatten(1)
+    return angles.cos(), angles.sin()
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig, **factory):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, **factory)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, **factory)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: list[tuple[Tensor, int]]) -> Tensor:
+        """[rows, H]; `groups`: (row indices of all entries of one length, how many entries)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [rows, heads, D]
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        out = torch.empty_like(v)
+        for rows, entries in groups:
+            batch = [y[rows].unflatten(0, (entries, -1)).transpose(1, 2) for y in (q, k, v)]
+            out = out.index_copy(0, rows, F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+        return self.out(out.flatten(1))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig, **factory):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, **factory)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, **factory)
+        self.act = config.hidden_act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(activation(self.act, self.fc1(x)))
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer layer as in CLIP."""
+
+    def __init__(self, config: VisionConfig, **factory):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, **factory)
+        self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, **factory)
+        self.attn = VisionAttention(config, **factory)
+        self.mlp = VisionMLP(config, **factory)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: list[tuple[Tensor, int]]) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, groups)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTower(nn.Module):
+    """Patch rows [rows, C * T * P * P] -> [rows, hidden]; no class token, no norm at the end."""
+
+    def __init__(self, config: VisionConfig, **factory):
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.Linear(config.patch_values, config.hidden_size, bias=False, **factory)
+        self.pre_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, **factory)
+        self.layers = nn.ModuleList(VisionLayer(config, **factory) for _ in range(config.num_hidden_layers))
+
+    def forward(self, pixel_values: Tensor, grid: Grid) -> Tensor:
+        x = self.pre_norm(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)))
+        cos, sin = vision_rope(grid, self.config, x.device)
+        groups = _by_length(grid, x.device)
+        for layer in self.layers:
+            x = layer(x, cos, sin, groups)
+        return x
+
+
+def _by_length(grid: Grid, device: torch.device) -> list[tuple[Tensor, int]]:
+    starts: dict[int, list[int]] = {}
+    at = 0
+    for t, h, w in grid:
+        starts.setdefault(t * h * w, []).append(at)
+        at += t * h * w
+    return [
+        ((torch.tensor(first)[:, None] + torch.arange(n)).flatten().to(device, non_blocking=True), len(first))
+        for n, first in starts.items()
+    ]
+
+
+class Projector(nn.Module):
+    """Each patch to the decoder's width, then `spatial_merge_size`^2 neighbours to one token."""
+
+    def __init__(self, config: M3Config, **factory):
+        super().__init__()
+        hidden, inner = config.text.hidden_size, config.projector_hidden_size
+        self.merge = config.vision.spatial_merge_size**2
+        self.linear_1 = nn.Linear(config.vision.hidden_size, inner, **factory)
+        self.linear_2 = nn.Linear(inner, hidden, **factory)
+        self.merge_1 = nn.Linear(hidden * self.merge, inner, **factory)
+        self.merge_2 = nn.Linear(inner, hidden, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear_2(F.gelu(self.linear_1(x)))
+        return self.merge_2(F.gelu(self.merge_1(x.reshape(-1, self.merge * x.shape[-1]))))
