@@ -53,7 +53,6 @@ class LLM:
 
         directory = resolve(name_or_dir)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.float32 if device.type == "cpu" else None)
         model = load_model(directory, device=device, dtype=dtype)
         processor = Processor.from_pretrained(directory, model.config)
         defaults, eos_ids = read_generation_config(directory)
@@ -93,6 +92,10 @@ class LLM:
         page_size = self.config.text.sparse.block_size
         runner = Runner(model, pages)
         self.engine = Engine(runner, num_pages=pages, page_size=page_size, max_batch_tokens=max_batch_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.runner.device
 
     def generate(
         self, prompts: str | list[str], params: SamplingParams | None = None, *, stream: bool = False

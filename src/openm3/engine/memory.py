@@ -10,7 +10,7 @@ import torch
 from openm3.config import M3Config
 from openm3.engine.request import RequestError
 
-CONTEXTS = 8  # a default cache holds at most this many sequences of full length
+CONTEXTS = 4  # a default cache holds at most this many sequences of full length
 CPU_SHARE, GPU_SHARE = 0.25, 0.8  # of the free memory, at most this
 
 

@@ -44,7 +44,7 @@ class Runner:
                 last.append(len(ids) - 1)
         plan = Plan.paged(self._page_table(chunks), [c.end for c in chunks], offsets, **self._plan_args)
         hidden = self.model(
-            torch.tensor(ids, device=self.device), cache=self.cache, plan=plan, media_embeds=self._media_embeds(chunks)
+            torch.tensor(ids), cache=self.cache, plan=plan, media_embeds=self._media_embeds(chunks)
         ).hidden  # [T, H]
         logits = self.model.logits(hidden if len(last) == len(ids) else hidden[last])
         logits[:, self._unwritable] = -torch.inf

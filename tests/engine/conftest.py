@@ -1,0 +1,18 @@
+"""A tiny random M3 (float32, CPU) whose answers depend on everything it has read."""
+
+import pytest
+import torch
+from engine_tiny import tiny_config
+
+from openm3.model import M3
+
+
+@pytest.fixture(scope="session")
+def model() -> M3:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny products; threads only cost
+    torch.manual_seed(0)
+    model = M3(tiny_config()).eval()
+    model.reset_parameters(std=0.15)
+    yield model
+    torch.set_num_threads(threads)
