@@ -1,0 +1,1 @@
+"""Whole training runs as readable files, one folder a model."""

@@ -1,0 +1,69 @@
+"""The stream of training batches: a pure function of (seed, index), every kind of task in each batch from the first.
+
+Only one thing changes along the run: how long documents may be, which grows over the first batches.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from openm3.train.data import Batch, Sample, pack
+from openm3.train.recipes.nano.render import to_sample
+from openm3.train.recipes.nano.retrieval import LONGEST
+from openm3.train.recipes.nano.tasks import TRAINING
+
+MIX = {  # share of the tokens
+    "pictures": 0.22, "digits": 0.07, "clips": 0.12, "retrieval": 0.20, "arithmetic": 0.13, "tools": 0.12,
+    "dialogue": 0.06, "chat": 0.015, "document": 0.02, "continue": 0.01, "echo": 0.035,
+}  # fmt: skip
+TYPICAL = {  # tokens of a typical sample, measured; they turn shares of tokens into chances of a draw
+    "pictures": 190, "digits": 95, "clips": 130, "retrieval": 1150, "arithmetic": 150, "tools": 330,
+    "dialogue": 190, "chat": 110, "document": 120, "continue": 190, "echo": 140,
+}  # fmt: skip
+START = 1024  # the longest document at first
+
+
+@dataclass(frozen=True)
+class NanoSource:
+    """`batch(index)` packs samples drawn by (seed, index) up to tokens_per_batch.
+
+    mix: the share of each task in the tokens. grow: batches over which the longest document grows from 1 K to its full
+    length (0: full length at once)."""
+
+    seed: int
+    tokens_per_batch: int
+    mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))
+    grow: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.mix) - set(TRAINING)
+        if unknown or not self.mix or min(self.mix.values()) < 0:
+            raise ValueError(f"mix {dict(self.mix)}: must give shares of {', '.join(TRAINING)}")
+        if self.tokens_per_batch < 2048:
+            raise ValueError(f"tokens_per_batch {self.tokens_per_batch}: must be at least 2048")
+
+    def longest(self, index: int) -> int:
+        share = min(1.0, (index + 1) / self.grow) if self.grow else 1.0
+        return min(round(START + (LONGEST - START) * share), self.tokens_per_batch // 2)
+
+    def samples(self, index: int) -> list[Sample]:
+        """The samples of one batch. What does not fit any more is left out, and a few shorter ones are tried."""
+        rng = random.Random(f"nano {self.seed} {index}")
+        names = list(self.mix)
+        weights = [self.mix[name] / TYPICAL[name] for name in names]
+        longest, left, misses, out = self.longest(index), self.tokens_per_batch, 0, []
+        while misses < 4:
+            name = rng.choices(names, weights)[0]
+            limit = {"longest": longest} if name == "retrieval" else {}
+            sample = to_sample(TRAINING[name](rng, **limit), rng)
+            if len(sample.input_ids) <= left:
+                out.append(sample)
+                left -= len(sample.input_ids)
+            else:
+                misses += 1
+        return out
+
+    def batch(self, index: int) -> Batch:
+        return pack(self.samples(index), self.tokens_per_batch)

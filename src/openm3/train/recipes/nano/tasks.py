@@ -1,0 +1,64 @@
+"""The tasks by name: what training mixes, and what the examination asks with the bar each figure has to reach."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from openm3.train.recipes.nano import arithmetic, clips, dialogue, digits, pictures, prose, retrieval, toolcalls
+from openm3.train.recipes.nano.case import Case
+
+Sampler = Callable[[random.Random], Case]
+
+TRAINING: dict[str, Sampler] = {
+    name: partial(sample, split="train")
+    for name, sample in {
+        "pictures": pictures.sample, "digits": digits.sample, "clips": clips.sample, "retrieval": retrieval.sample,
+        "arithmetic": arithmetic.sample, "tools": toolcalls.sample, "dialogue": dialogue.sample, "chat": dialogue.chat,
+        "document": prose.document, "continue": prose.go_on, "echo": prose.echo,
+    }.items()
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exam:
+    """One row of the examination. `bar`: what the lower bound has to reach, in percent (None: shown, not required).
+
+    scores: "answers" (each assistant turn), "all" (every turn of a case right), "digits" (each digit), "thinks" or
+    "silent" (whether there was any thinking). seed: rows with the same seed and sampler see the same cases.
+    """
+
+    name: str
+    sample: Sampler
+    bar: float | None = None
+    scores: str = "answers"
+    seed: str = ""
+    max_tokens: int = 96
+
+
+def exams() -> list[Exam]:
+    """All rows, in the order of the table."""
+    out = []
+    for kind in pictures.KINDS:
+        bar = 90 if kind == "count" else 95
+        out.append(Exam(f"picture: {kind}", partial(pictures.sample, split="test", kind=kind), bar))
+    out.append(Exam("handwritten digits, each digit", partial(digits.sample, split="test"), 93, "digits"))
+    for kind, title in (("what", "what moves"), ("direction", "direction"), ("first", "what happens first")):
+        out.append(Exam(f"clip: {title}", partial(clips.sample, split="test", kind=kind), 92))
+    for size in retrieval.SIZES:
+        out.append(Exam(f"fact in {size} tokens", partial(retrieval.sample, split="test", kind=size), 95))
+    sums = partial(arithmetic.sample, split="test")
+    for mode, bar in (("enabled", 97), ("disabled", None), ("adaptive", None)):
+        sample = partial(sums, thinking=mode)
+        out.append(Exam(f"arithmetic, thinking {mode}", sample, bar, seed="arithmetic", max_tokens=160))
+    adaptive = partial(sums, thinking="adaptive")
+    out.append(Exam("adaptive thinks: two or more carries", partial(adaptive, least=2), 90, "thinks", max_tokens=6))
+    out.append(Exam("adaptive is silent: no carry", partial(adaptive, most=0), 90, "silent", max_tokens=6))
+    out.append(Exam("tool: the call", partial(toolcalls.sample, split="test", kind="call"), 95, max_tokens=200))
+    out.append(Exam("tool: the answer", partial(toolcalls.sample, split="test", kind="answer"), 95))
+    talk = partial(dialogue.sample, split="test")
+    out.append(Exam("dialogue: each answer", talk, 90, seed="dialogue"))
+    out.append(Exam("dialogue: all three answers", talk, 90, "all", seed="dialogue"))
+    return out

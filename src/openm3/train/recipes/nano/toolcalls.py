@@ -1,0 +1,173 @@
+"""Calling a tool that the model has never seen: its name, its parameters and its purpose are made up for each case.
+
+One to three tools stand in the request. The user's words name the purpose or the tool, and the values of the
+parameters; the call follows in the order in which the user gave them. Then the tool answers and the model uses that.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from openm3.train.recipes.nano.case import Case, Expect, Talk, phrase
+from openm3.train.recipes.nano.dialogue import small_talk
+from openm3.train.recipes.nano.words import CITIES, COLOURS, NAMES, NOUNS, distinct, listed, made_up
+
+VERBS = listed("get find book send make check open close list count move start stop read set show buy sell plan fetch")
+THINGS = listed("""
+    weather ticket price route order room table flight song mail report photo meeting task stock recipe note file light
+    timer user invoice score message ride parcel
+""")
+FIELDS = listed("""
+    city name day count limit title unit date color size level topic amount user place speed kind mode tags items year
+    week weight price start end key query page style target source rate
+""")
+RESULTS = listed("""
+    result status total price time temperature id state level count answer rank share amount rate speed
+""")
+TYPES = ("string", "string", "integer", "integer", "number", "boolean", "enum", "list")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    kind: str
+    options: tuple[str, ...] = ()
+
+    def schema(self) -> dict[str, Any]:
+        if self.kind == "enum":
+            return {"type": "string", "enum": list(self.options)}
+        if self.kind == "list":
+            return {"type": "array", "items": {"type": "string"}}
+        return {"type": self.kind}
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    verb: str
+    object: str
+    parameters: tuple[Parameter, ...]
+    required: tuple[str, ...]
+
+    def schema(self) -> dict[str, Any]:
+        """The tool in the OpenAI shape."""
+        properties = {parameter.name: parameter.schema() for parameter in self.parameters}
+        return {"type": "function", "function": {
+            "name": self.name, "description": f"{self.verb.capitalize()} the {self.object}.",
+            "parameters": {"type": "object", "properties": properties, "required": list(self.required)},
+        }}  # fmt: skip
+
+
+def word(rng: random.Random, real: list[str], share: float = 0.4) -> str:
+    return rng.choice(real) if rng.random() < share else made_up(rng)
+
+
+def make_tool(rng: random.Random, taken: list[str]) -> Tool:
+    """A tool with one to four parameters; names are words, made-up words, or both joined as programmers do."""
+    verb, thing = rng.choice(VERBS), word(rng, THINGS)
+    while thing in taken:
+        thing = made_up(rng)
+    taken.append(thing)
+    style = rng.random()
+    name = (f"{verb}_{thing}" if style < 0.5 else f"{verb}{thing.capitalize()}" if style < 0.6 else made_up(rng)
+            if style < 0.75 else f"{made_up(rng)}_{thing}" if style < 0.9 else f"{thing}.{verb}")  # fmt: skip
+    names = distinct(rng, lambda: word(rng, FIELDS) + (f"_{word(rng, FIELDS)}" if rng.random() < 0.15 else ""),
+                     rng.choice((1, 2, 2, 3, 3, 4)))  # fmt: skip
+    parameters = []
+    for field in names:
+        kind = rng.choice(TYPES)
+        options = (
+            tuple(distinct(rng, lambda: word(rng, COLOURS + NOUNS, 0.5), rng.randint(2, 4))) if kind == "enum" else ()
+        )
+        parameters.append(Parameter(field, kind, options))
+    required = tuple(p.name for p in parameters if rng.random() < 0.7)
+    return Tool(name, verb, thing, tuple(parameters), required)
+
+
+def value(rng: random.Random, parameter: Parameter) -> Any:
+    if parameter.kind == "integer":
+        return rng.choice((rng.randint(0, 9), rng.randint(10, 99), rng.randint(100, 9999)))
+    if parameter.kind == "number":
+        return rng.randint(1, 999) / 10 if rng.random() < 0.8 else rng.randint(1, 99) / 100
+    if parameter.kind == "boolean":
+        return rng.random() < 0.5
+    if parameter.kind == "enum":
+        return rng.choice(parameter.options)
+    if parameter.kind == "list":
+        return distinct(rng, lambda: word(rng, COLOURS + NOUNS + NAMES, 0.5), rng.randint(1, 3))
+    parts = [word(rng, CITIES + NAMES + NOUNS, 0.6) for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))]
+    return " ".join(parts)
+
+
+def spoken(item: Any) -> str:
+    if isinstance(item, bool):
+        return "true" if item else "false"
+    return ", ".join(item) if isinstance(item, list) else str(item)
+
+
+def request(rng: random.Random, tool: Tool, arguments: dict[str, Any], field: str | None) -> str:
+    """The user's words: which tool, which values, and what to report."""
+    style = rng.choice(("{n} {v}", "{n}: {v}", "{n} = {v}", "{n}={v}", "{n} is {v}"))
+    listed = any(isinstance(item, list) for item in arguments.values())
+    mark = rng.choice(("; ", "\n")) if listed else rng.choice((", ", ", ", "; ", "\n", " and "))
+    plain = rng.random() < 0.3
+    values = mark.join(style.format(n=name.replace("_", " ") if plain else name, v=spoken(item))
+                       for name, item in arguments.items())  # fmt: skip
+    glue = "\n" if mark == "\n" else " "
+    if rng.random() < 0.65:
+        lead = phrase(rng, ("{b} the {o}", "Please {b} the {o}", "Can you {b} the {o}", "I want to {b} the {o}",
+                            "{b} the {o} for me", "I need you to {b} the {o}"), b=tool.verb, o=tool.object)  # fmt: skip
+    else:
+        lead = phrase(rng, ("Use {n}", "Call {n}", "Run {n}", "Please call {n}", "Use the tool {n}"), n=tool.name)
+    lead = lead.rstrip("?!. ")
+    text = lead + (rng.choice((" with", ":", ",", " where")) + glue + values if values else "")
+    if field:
+        asks = ("What is the {f}?", "Tell me the {f}.", "I want to know the {f}.", "Give me the {f}.")
+        text += rng.choice((". ", "\n", ". ")) + phrase(rng, asks, f=field)
+    elif rng.random() < 0.6:
+        text += "."
+    return text[:1].upper() + text[1:] if rng.random() < 0.7 else text
+
+
+def response(rng: random.Random, field: str | None) -> tuple[str, str]:
+    """What the tool says, and the answer that uses it."""
+
+    def drawn() -> Any:
+        return rng.choice((rng.randint(0, 99), rng.randint(100, 9999), rng.randint(1, 999) / 10, made_up(rng),
+                           rng.choice(NAMES), rng.choice(CITIES), rng.choice(NOUNS)))  # fmt: skip
+
+    if field is None:
+        said = drawn()
+        return (str(said) if rng.random() < 0.5 else json.dumps({"result": said})), f"The result is {said}."
+    others = distinct(rng, lambda: word(rng, RESULTS), rng.randint(0, 3), (field,))
+    content = {name: drawn() for name in rng.sample([*others, field], len(others) + 1)}
+    return json.dumps(content), f"The {field} is {content[field]}."
+
+
+def sample(rng: random.Random, split: str, kind: str | None = None) -> Case:
+    """`kind`: "call" examines the call, "answer" the use of the result (the call is given); None teaches both."""
+    taken: list[str] = []
+    tools = distinct(rng, lambda: make_tool(rng, taken), rng.choice((1, 2, 2, 3)))
+    tool = rng.choice(tools)
+    given = [p for p in tool.parameters if p.name in tool.required or rng.random() < 0.6]
+    given = rng.sample(given, len(given)) if rng.random() < 0.4 else given
+    arguments = {parameter.name: value(rng, parameter) for parameter in given}
+    field = word(rng, RESULTS) if rng.random() < 0.75 else None
+    talk = Talk(rng, f"tool {kind}" if kind else "tools", tools=[tool.schema() for tool in tools])
+    if kind is None and rng.random() < 0.08:
+        question, answer = small_talk(rng)
+        talk.ask(question).answer(answer, thought="No tool is needed.")
+        return talk.case(arguments=None)
+    call = {"id": f"call_{rng.randrange(10**6)}", "type": "function",
+            "function": {"name": tool.name, "arguments": arguments}}  # fmt: skip
+    talk.ask(request(rng, tool, arguments, field))
+    talk.answer("", thought=f"Use {tool.name}.", calls=[call],
+                expect=Expect("call", (tool.name, arguments)) if kind != "answer" else None)  # fmt: skip
+    if kind != "call":
+        said, answer = response(rng, field)
+        talk.messages.append({"role": "tool", "tool_call_id": call["id"], "content": said})
+        talk.answer(answer, thought=f"The tool gave the {field or 'result'}.")
+    return talk.case(tool=tool, arguments=arguments, field=field)
