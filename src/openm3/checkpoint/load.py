@@ -92,7 +92,7 @@ class Problems:
         told = []
         for kind, names in self.found.items():
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            told.append(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{more})")
+            told.append(f"{kind}: {len(names)} ({', '.join(names[:SHOWN])}{more})")
         raise CheckpointError(f"{directory}: not a whole checkpoint of this model: {'; '.join(told)}")
 
 

@@ -21,7 +21,7 @@ from openm3.config import M3Config
 
 BLOCK = 32
 LARGEST = 448.0  # of float8_e4m3fn
-PIECE = 1 << 22  # values handled at a time
+PIECE = 1 << 20  # values handled at a time
 KEPT = ("vision_tower", "multi_modal_projector", "patch_merge_mlp", "language_model.lm_head")
 SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 
