@@ -12,7 +12,10 @@ from openm3.config import M3Config
 
 @dataclass(frozen=True)
 class LayerCache:
-    """k, v [P, Hkv, block, D]; index_k [P, block, Di], None on dense layers."""
+    """k, v [P, Hkv, block, D]; index_k [P, block, Di], None on dense layers.
+
+    k and v lie in memory by head, [Hkv, P, block, D], so that a head's consecutive pages are one matrix.
+    """
 
     k: Tensor
     v: Tensor
@@ -42,10 +45,13 @@ class KVCache:
         self.page_size, self.num_pages = text.sparse.block_size, num_pages
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(num_pages, *shape, device=device, dtype=dtype)
+            return torch.zeros(*shape, device=device, dtype=dtype)
 
-        heads = (text.num_key_value_heads, self.page_size, text.head_dim)
+        by_head = (text.num_key_value_heads, num_pages, self.page_size, text.head_dim)
+        index = (num_pages, self.page_size, text.sparse.index_dim)
         self.layers = [
-            LayerCache(zeros(*heads), zeros(*heads), zeros(self.page_size, text.sparse.index_dim) if sparse else None)
+            LayerCache(
+                zeros(*by_head).transpose(0, 1), zeros(*by_head).transpose(0, 1), zeros(*index) if sparse else None
+            )
             for sparse in text.sparse_layers
         ]

@@ -18,7 +18,7 @@ from torch import Tensor
 from openm3.msa.plan import Plan
 
 INF = float("inf")
-STRIP = 4096  # queries whose partial outputs are held at a time, less where the workspace is small
+STRIP = 2048  # queries whose partial outputs are held at a time, less where the workspace is small
 TILE_ROWS = 128  # rows of one product: enough for a CPU's full rate, few enough to waste little on padding
 PIECE_BYTES = 8 << 20
 
@@ -165,7 +165,7 @@ def _forward(q: Tensor, keys: Keys, blocks: Tensor, positions: Tensor, plan: Pla
         slots = part_lse[:-1].view(len(strip.queries), plan.topk, group)
         whole = slots.logsumexp(1)  # [C * Hkv, G]
         weights = torch.exp(slots - whole.masked_fill(whole == -INF, 0.0)[:, None])
-        combined = torch.einsum("psgd,psg->pgd", part[:-1].view(*slots.shape[:2], group, d), weights)
+        combined = part[:-1].view(*slots.shape[:2], group, d).mul_(weights[..., None]).sum(1)
         out[rows] = combined.view(-1, *q.shape[1:]).to(q.dtype)
         lse[rows] = whole.view(-1, q.shape[1]).float()
     return out, lse

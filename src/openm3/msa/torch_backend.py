@@ -1,8 +1,8 @@
 """MSA on any device with PyTorch's own ops: memory linear in T + N, differentiable, one sequence at a time.
 
-Selection scores a strip of queries against pieces of the keys before it and keeps only the block maxima. Attention turns
-the loop inside out (report section 4.2), in `tiles.py`. A sequence whose queries see no more blocks than they may select
-attends densely through PyTorch's fused kernel, which is the same sum. Keys in consecutive pages are read in place.
+Selection scores a strip of queries against pieces of the keys before it and keeps only the block maxima. Attention
+turns the loop inside out (report section 4.2), in `tiles.py`. A sequence whose queries see no more blocks than they may
+select attends densely through PyTorch's fused kernel, which is the same sum. Consecutive pages are read in place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from openm3.msa.plan import Plan
 INF = float("inf")
 STRIP = 256  # queries scored at a time
 PIECE_BYTES = 8 << 20  # scores held at a time: they stay in a CPU's last-level cache
-FEW = 16  # query tokens of a sequence up to which it decodes: keys are read in place instead of gathered
+FEW = 16  # query tokens of a sequence up to which it decodes: bound by reading keys, not by products
 
 Scale = Tensor | float | None
 
@@ -56,13 +56,13 @@ def dequantize(pages: Tensor, scale: Scale, ids: Tensor) -> Tensor:
     return pages.float() if scale is None else pages.float() * scale
 
 
-def _flat_keys(x: Tensor, plan: Plan, s: int, n: int, scale: Scale) -> Tensor:
-    """Keys of sequence s as [n, Hkv, D]."""
+def _sequence(x: Tensor, plan: Plan, s: int, n: int, scale: Scale) -> Tensor:
+    """Keys of sequence s as [Hkv, n, D]: a view of packed keys, and of consecutive pages in a cache that lies by head."""
     if plan.page_table is None:
         start = plan.starts_k()[s]
-        return x[start : start + n]
+        return x[start : start + n].transpose(0, 1)
     pages = _pages(x, plan, s, 0, -(-n // plan.block_size), scale)
-    return pages.transpose(1, 2).flatten(0, 1)[:n]
+    return pages.transpose(0, 1).flatten(1, 2)[:, :n]
 
 
 # ---------------------------------------------------------------------------------------------------------- selection
@@ -95,9 +95,7 @@ def _block_maxima(
     for a in range(0, count, size):
         b = min(a + size, count)
         keys = _index_keys(index_k, plan, s, a, b, visible, scale).to(rows.dtype)  # [blocks * block, Di]
-        few = len(rows) <= FEW  # a tall, thin product runs better with the keys on the left
-        scores = (keys @ rows.T).T if few else rows @ keys.T
-        scores = scores.unflatten(1, (b - a, block))
+        scores = (rows @ keys.T).unflatten(1, (b - a, block))
         if b > masked_from:
             ids = torch.arange(max(a, masked_from) * block, b * block, device=q.device).unflatten(0, (-1, block))
             hidden = ids > positions.repeat(q.shape[1])[:, None, None]
@@ -148,7 +146,7 @@ def sparse_attention(
     for s, rows, n in _rows(plan):
         mine = blocks[:, rows]
         if _all_selected(mine, plan, rows, n) and len(q[rows]) > 1:
-            keys, values = _flat_keys(k, plan, s, n, k_scale), _flat_keys(v, plan, s, n, v_scale)
+            keys, values = _sequence(k, plan, s, n, k_scale), _sequence(v, plan, s, n, v_scale)
             outs.append(_dense(q[rows], keys, values, plan, rows, softmax_scale))
             continue
         if plan.page_table is None:
@@ -170,8 +168,8 @@ def _all_selected(blocks: Tensor, plan: Plan, rows: slice, n: int) -> bool:
 
 def _blocked(x: Tensor, plan: Plan, s: int, n: int) -> Tensor:
     """Packed keys of sequence s as pages of its own: [blocks, Hkv, block, D], zeros behind the last."""
-    x = F.pad(_flat_keys(x, plan, s, n, None), (0, 0, 0, 0, 0, -n % plan.block_size))
-    return x.unflatten(0, (-1, plan.block_size)).transpose(1, 2).contiguous()
+    x = F.pad(_sequence(x, plan, s, n, None), (0, 0, 0, -n % plan.block_size))
+    return x.unflatten(1, (-1, plan.block_size)).transpose(0, 1).contiguous()
 
 
 def _join(outs: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,32 +185,28 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     outs = []
     for s, rows, n in _rows(plan):
-        if plan.page_table is not None and len(q[rows]) <= FEW:
-            outs.append(_dense_decode(q[rows], k, v, plan, s, rows, n, softmax_scale, k_scale, v_scale))
-        else:
-            keys, values = _flat_keys(k, plan, s, n, k_scale), _flat_keys(v, plan, s, n, v_scale)
-            outs.append(_dense(q[rows], keys, values, plan, rows, softmax_scale))
+        keys, values = _sequence(k, plan, s, n, k_scale), _sequence(v, plan, s, n, v_scale)
+        outs.append(_dense(q[rows], keys, values, plan, rows, softmax_scale))
     return _join(outs, q)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
-    """One sequence's causal attention: [n_q, Hq, D] over [n, Hkv, D]; fused where PyTorch has a kernel that fits."""
-    n_q, n = len(q), len(k)
+    """One sequence's causal attention: [n_q, Hq, D] over [Hkv, n, D]; fused where PyTorch has a kernel that fits."""
+    n_q, n = len(q), k.shape[1]
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if plan.explicit or q.device.type != "cpu" or q.dtype == torch.float64:
+    cached = n_q < n or plan.explicit
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if plan.explicit or q.device.type != "cpu" or q.dtype == torch.float64 or (cached and backward):
         return _dense_masked(q, k, v, plan.positions[rows], scale, plan.workspace_bytes)
-    if n_q < n and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _dense_masked(q, k, v, plan.positions[rows], scale, plan.workspace_bytes)
-    hkv = k.shape[1]
-    heads = q.unflatten(1, (hkv, -1)).permute(1, 2, 0, 3)  # [Hkv, G, n_q, D]
-    keys, values = (x.transpose(0, 1)[:, None].expand(-1, heads.shape[1], -1, -1) for x in (k, v))  # [Hkv, G, n, D]
-    recent = slice(n - n_q, n)
-    out, lse = _flash(heads, keys[:, :, recent], values[:, :, recent], scale, causal=True)
-    if n_q < n:
+    if n_q <= FEW and cached:
+        return _dense_decode(q, k, v, scale)
+    heads = q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)  # [Hkv, G, n_q, D]
+    keys, values = (x[:, None, n - n_q :].expand(-1, heads.shape[1], -1, -1) for x in (k, v))  # [Hkv, G, n_q, D]
+    out, lse = _flash(heads, keys, values, scale, causal=True)
+    if cached:
         # What lies before the chunk is visible to all of its queries: the group's heads become rows of one product.
-        flat = heads.flatten(1, 2)[:, None]
-        old, old_lse = _flash(flat, k[: n - n_q].transpose(0, 1)[:, None], v[: n - n_q].transpose(0, 1)[:, None], scale)
-        out, lse = merge(out, lse, old.view_as(out), old_lse.view_as(lse))
+        old, old_lse = _flash(heads.flatten(1, 2)[:, None], k[:, None, : n - n_q], v[:, None, : n - n_q], scale)
+        out, lse = _merge(out, lse, old.view_as(out), old_lse.view_as(lse))
     return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
 
 
@@ -221,7 +215,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) 
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
-def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two attentions over disjoint keys, [..., D] with lse [...], as one over all of them."""
     lse = torch.logaddexp(a_lse, b_lse)
     out = a * torch.exp(a_lse - lse)[..., None] + b * torch.exp(b_lse - lse)[..., None]
@@ -232,40 +226,32 @@ def _dense_masked(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, workspace: int
 ) -> tuple[Tensor, Tensor]:
     """The same by strips of queries with an explicit mask: any positions, any device, differentiable."""
-    hkv = k.shape[1]
-    keys, values = k.transpose(0, 1), v.transpose(0, 1)  # [Hkv, n, D]
-    strip = max(16, workspace // (16 * q.shape[1] * max(1, len(k))))
+    wide = _wide(q)
+    strip = max(16, workspace // (16 * q.shape[1] * max(1, k.shape[1])))
     outs = []
     for a in range(0, len(q), strip):
-        rows = q[a : a + strip].unflatten(1, (hkv, -1)).permute(1, 2, 0, 3)  # [Hkv, G, C, D]
-        scores = (rows.to(_wide(q)).flatten(1, 2) @ keys.to(_wide(q)).transpose(1, 2)).view(*rows.shape[:3], -1)
-        hidden = torch.arange(len(k), device=q.device)[None] > positions[a : a + strip, None]
+        rows = q[a : a + strip].unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)  # [Hkv, G, C, D]
+        scores = (rows.to(wide).flatten(1, 2) @ k.to(wide).transpose(1, 2)).unflatten(1, rows.shape[1:3])
+        hidden = torch.arange(k.shape[1], device=q.device)[None] > positions[a : a + strip, None]
         scores = (scores * scale).masked_fill(hidden, -INF)
         lse = scores.logsumexp(-1)
         weights = torch.exp(scores - lse.masked_fill(lse == -INF, 0.0)[..., None])
-        out = (weights.flatten(1, 2) @ values.to(_wide(q))).view(rows.shape)
+        out = (weights.flatten(1, 2) @ v.to(wide)).view(rows.shape)
         outs.append((out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype), lse.permute(2, 0, 1).flatten(1, 2).float()))
     return _join(outs, q)
 
 
-def _dense_decode(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, s: int, rows: slice, n: int, scale: float, k_scale: Scale,
-    v_scale: Scale,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A few queries over all pages, page by page in place: reads each key and value once and copies none."""
-    wide = _wide(q)
-    c, hkv = len(q), k.shape[1]
-    count = -(-n // plan.block_size)
-    heads = (q.to(wide) * scale).unflatten(1, (hkv, -1)).transpose(0, 1).flatten(1, 2)  # [Hkv, C * G, D]
-    keys = _pages(k, plan, s, 0, count, k_scale).to(wide)  # [pages, Hkv, block, D]
-    scores = torch.matmul(keys, heads.transpose(1, 2))  # [pages, Hkv, block, C * G]
-    scores = scores.unflatten(-1, (c, -1))
-    ids = torch.arange(count * plan.block_size, device=q.device).view(count, 1, plan.block_size, 1)
-    hidden = ids > plan.positions[rows]  # [pages, 1, block, C]
-    scores = scores.masked_fill_(hidden[..., None], -INF).flatten(-2)
-    lse = scores.logsumexp((0, 2))  # [Hkv, C * G]
-    weights = scores.sub_(lse[None, :, None]).exp_()
-    values = _pages(v, plan, s, 0, count, v_scale).to(wide)
-    out = torch.matmul(weights.transpose(2, 3), values).sum(0)  # [Hkv, C * G, D]
-    out = out.unflatten(1, (c, -1)).transpose(0, 1).flatten(1, 2)
-    return out.to(q.dtype), lse.unflatten(1, (c, -1)).transpose(0, 1).flatten(1, 2).float()
+def _dense_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The last few queries of a sequence over all of its keys, head by head: reads each key and value once."""
+    c, (hkv, n, d) = len(q), k.shape
+    out = q.new_empty(c, hkv, q.shape[1] // hkv, d)
+    lse = q.new_empty(out.shape[:3], dtype=torch.float32)
+    recent = torch.ones(c, c, dtype=torch.bool).triu(1)  # of the last c keys, those after the query
+    for r in range(hkv):
+        rows = (q.view(c, hkv, -1, d)[:, r] * scale).flatten(0, 1)  # [C * G, D]
+        scores = (k[r] @ rows.T).T.float().contiguous().view(c, -1, n)  # keys on the left: they are the long side
+        scores[:, :, n - c :].masked_fill_(recent[:, None], -INF)
+        lse[:, r] = scores.logsumexp(-1)
+        weights = scores.sub_(lse[:, r, :, None]).exp_().flatten(0, 1).to(v.dtype)
+        out[:, r] = (weights @ v[r]).view(c, -1, d)
+    return out.flatten(1, 2), lse.flatten(1, 2)
