@@ -135,7 +135,7 @@ def patch_rows(frames: torch.Tensor, vision: VisionConfig = DEFAULT_VISION) -> t
 
 def normalize_rows(rows: torch.Tensor) -> torch.Tensor:
     """uint8 rows [R, 3 * n] -> float32 rows: scaled to 0..1, then CLIP's mean and deviation, channel by channel."""
-    values = rows.to(torch.float32).unflatten(1, (3, -1))  # [R, 3, n]
+    values = rows.to(torch.float32, copy=True).unflatten(1, (3, -1))  # [R, 3, n]
     mean = torch.tensor(CLIP_MEAN, device=rows.device)[:, None] * 255
     std = torch.tensor(CLIP_STD, device=rows.device)[:, None] * 255
     return values.sub_(mean).div_(std).flatten(1)
@@ -235,12 +235,12 @@ def _local_path(source: str | os.PathLike, kind: str) -> Path:
         raise MediaError(f"{_short(source)}: a {kind} is given as a path, bytes or a data: URL; no other URL is opened")
     path = Path(source)
     try:
-        found, is_file = path.exists(), path.is_file()
-    except (OSError, ValueError) as error:  # too long, or a null byte
-        raise MediaError(f"{_short(str(source))}: not a path ({error.args[-1]})") from error
-    if not is_file:
-        raise MediaError(f"{_short(str(source))}: {'not a file' if found else 'no such file'}")
-    return path
+        found = path.exists()
+        if found and path.is_file():
+            return path
+    except OSError as error:  # too long, or in a folder that may not be read
+        raise MediaError(f"{_short(str(source))}: cannot be read ({error.strerror})") from error
+    raise MediaError(f"{_short(str(source))}: {'not a file' if found else 'no such file'}")
 
 
 def _short(text: str) -> str:
@@ -269,6 +269,8 @@ def open_image(stream: BinaryIO, name: str) -> Image.Image:
         stream.seek(0)
         try:
             return factory(stream, "")
+        except Image.DecompressionBombError as error:  # of formats that allocate at once
+            raise MediaError(f"{name}: {first_line(error)}") from error
         except Exception as error:  # a damaged header raises anything, from SyntaxError to struct.error
             damage = f"a damaged {kind} file ({first_line(error)})"
     raise MediaError(f"{name}: {damage or 'not a picture in a format we read (' + ', '.join(FORMATS) + ')'}")
