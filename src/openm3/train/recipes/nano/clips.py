@@ -1,7 +1,7 @@
 """Short clips: what moves, in which direction, what happens first.
 
-Frames come as a list (no times) or with the times of a film sampled at some rate. Two frames share one temporal patch,
-so an event lasts at least two frames.
+Frames come as a list (no times) or, in training, also with the times of a film sampled at some rate. Two frames share
+one temporal patch, so an event lasts at least two frames.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def sample(rng: random.Random, split: str, kind: str | None = None) -> Case:
                 still(rng, actor, strip, frames)
     questions = ask(rng, first, order, direction, appear)
     talk = Talk(rng, f"clip {kind}" if kind else "clips")
-    media = (video(rng, film(rng, look, actors, frames)),)
+    media = (video(rng, film(rng, look, actors, frames), timed=split == "train"),)
     thought = story(order, direction, appear)
     for text, answer in questions[:1] if kind else questions[: rng.randint(1, 3)]:
         talk.ask(text, *media).answer(answer, thought=thought)
@@ -129,10 +129,10 @@ def sample(rng: random.Random, split: str, kind: str | None = None) -> Case:
     return talk.case(kind=first, actors=[actor.name for actor in order], direction=direction, appear=appear)
 
 
-def video(rng: random.Random, frames: np.ndarray) -> dict:
-    """A video part; `seconds` (the time of every second frame) where the clip is a film with a known rate."""
+def video(rng: random.Random, frames: np.ndarray, timed: bool) -> dict:
+    """A video part; timed: half of them with `seconds`, the time of every second frame, as films have."""
     part = {"type": "video", "video": frames}
-    if rng.random() < 0.5:
+    if timed and rng.random() < 0.5:
         step = rng.choice((0.1, 0.2, 0.25, 0.5, 0.5, 1.0, 1.0))
         part["seconds"] = [round(step * frame, 3) for frame in range(0, len(frames), 2)]
     return part

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from openm3.train.data import Batch, Sample, pack
 from openm3.train.recipes.nano.render import to_sample
 from openm3.train.recipes.nano.retrieval import LONGEST
-from openm3.train.recipes.nano.tasks import TRAINING
+from openm3.train.recipes.nano.tasks import TASKS
 
 MIX = {  # share of the tokens
     "pictures": 0.22, "digits": 0.07, "clips": 0.12, "retrieval": 0.20, "arithmetic": 0.13, "tools": 0.12,
@@ -30,17 +30,19 @@ class NanoSource:
     """`batch(index)` packs samples drawn by (seed, index) up to tokens_per_batch.
 
     mix: the share of each task in the tokens. grow: batches over which the longest document grows from 1 K to its full
-    length (0: full length at once)."""
+    length (0: full length at once). split: "test" draws held-out cases. first: what is added to every index."""
 
     seed: int
     tokens_per_batch: int
     mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))
     grow: int = 0
+    split: str = "train"
+    first: int = 0
 
     def __post_init__(self) -> None:
-        unknown = set(self.mix) - set(TRAINING)
+        unknown = set(self.mix) - set(TASKS)
         if unknown or not self.mix or min(self.mix.values()) < 0:
-            raise ValueError(f"mix {dict(self.mix)}: must give shares of {', '.join(TRAINING)}")
+            raise ValueError(f"mix {dict(self.mix)}: must give shares of {', '.join(TASKS)}")
         if self.tokens_per_batch < 2048:
             raise ValueError(f"tokens_per_batch {self.tokens_per_batch}: must be at least 2048")
 
@@ -50,14 +52,15 @@ class NanoSource:
 
     def samples(self, index: int) -> list[Sample]:
         """The samples of one batch. What does not fit any more is left out, and a few shorter ones are tried."""
-        rng = random.Random(f"nano {self.seed} {index}")
+        index += self.first
+        rng = random.Random(f"nano {self.split} {self.seed} {index}")
         names = list(self.mix)
         weights = [self.mix[name] / TYPICAL[name] for name in names]
         longest, left, misses, out = self.longest(index), self.tokens_per_batch, 0, []
         while misses < 4:
             name = rng.choices(names, weights)[0]
             limit = {"longest": longest} if name == "retrieval" else {}
-            sample = to_sample(TRAINING[name](rng, **limit), rng)
+            sample = to_sample(TASKS[name](rng, self.split, **limit), rng)
             if len(sample.input_ids) <= left:
                 out.append(sample)
                 left -= len(sample.input_ids)

@@ -12,13 +12,10 @@ from openm3.train.recipes.nano.case import Case
 
 Sampler = Callable[[random.Random], Case]
 
-TRAINING: dict[str, Sampler] = {
-    name: partial(sample, split="train")
-    for name, sample in {
-        "pictures": pictures.sample, "digits": digits.sample, "clips": clips.sample, "retrieval": retrieval.sample,
-        "arithmetic": arithmetic.sample, "tools": toolcalls.sample, "dialogue": dialogue.sample, "chat": dialogue.chat,
-        "document": prose.document, "continue": prose.go_on, "echo": prose.echo,
-    }.items()
+TASKS: dict[str, Callable[..., Case]] = {  # (rng, split, ...) -> Case
+    "pictures": pictures.sample, "digits": digits.sample, "clips": clips.sample, "retrieval": retrieval.sample,
+    "arithmetic": arithmetic.sample, "tools": toolcalls.sample, "dialogue": dialogue.sample, "chat": dialogue.chat,
+    "document": prose.document, "continue": prose.go_on, "echo": prose.echo,
 }  # fmt: skip
 
 
