@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_FRAME_PIXELS = 8192 * 4352  # 8K
 MAX_SECONDS = 12 * 3600
 MAX_SOURCE_FRAMES = 2_000_000
+EMPTY = "a video without frames, or cut off before the first"
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,h264,hevc,m4v,mjpeg,nut,mxf,dv,rm,obu,av1"
 
 
@@ -146,7 +147,7 @@ def _container(stream: BinaryIO, name: str) -> Iterator[tuple[av.container.Input
             pictures = [stream for stream in container.streams.video if not stream.disposition & covers]
             if not pictures:
                 found = ", ".join(stream.type for stream in container.streams)
-                raise MediaError(f"{name}: no video in it, only {found}" if found else f"{name}: damaged or cut off")
+                raise MediaError(f"{name}: no video in it, only {found}" if found else f"{name}: {EMPTY}")
             video = pictures[0]
             if video.codec_context is None:
                 raise MediaError(f"{name}: its video codec is not known here")
@@ -154,6 +155,8 @@ def _container(stream: BinaryIO, name: str) -> Iterator[tuple[av.container.Input
             video.codec_context.options = limit
             video.thread_type = "AUTO"
             yield container, video
+    except av.error.EOFError as error:
+        raise MediaError(f"{name}: {EMPTY}") from error
     except av.FFmpegError as error:
         raise MediaError(f"{name}: not a video we can read, or damaged ({error.strerror})") from error
 
@@ -189,7 +192,7 @@ def _read_packets(stream: BinaryIO, name: str) -> Reading | None:
                 length, cut = packet.duration or 0, packet.is_corrupt
                 _check_size(0, 0, len(times), name)
         if all(hidden):
-            raise MediaError(f"{name}: a video without frames, or cut off before the first")
+            raise MediaError(f"{name}: {EMPTY}")
         stated = (container.duration or 0) / 1e6
         if cut or 0 < reached < 0.9 * stated - 0.5:
             of = f" of {stated:.1f}" if stated else ""
@@ -263,7 +266,7 @@ def _read_all(stream: BinaryIO, name: str) -> Reading:
             _check_size(0, 0, len(times), name)
         rates, tick = (video.guessed_rate, video.average_rate), Fraction(video.time_base)
     if not times:
-        raise MediaError(f"{name}: a video without frames, or none that can be decoded")
+        raise MediaError(f"{name}: no frame can be decoded; the file is damaged")
     if None in times or any(after <= before for before, after in pairwise(times)):
         rate = Fraction(next((rate for rate in rates if rate), 25))
         timeline = _timeline(np.arange(len(times)), 1, 1 / rate, (rate,), name)
