@@ -109,8 +109,13 @@ def test_numbers_that_are_none_are_refused():
         widened(torch.ones(1, 32).to(torch.float8_e4m3fn), torch.tensor([[255]], dtype=torch.uint8))
 
 
-def test_a_quantized_checkpoint_loads_as_the_rounded_model(tiny_model, tmp_path):
-    model = tiny_model()
+ROWS_OF_32 = {"hidden_size": 64, "intermediate_size": 96, "shared_intermediate_size": 32}
+
+
+@pytest.mark.parametrize("changes", [ROWS_OF_32, {}])
+def test_a_quantized_checkpoint_loads_as_the_rounded_model(tiny_model, tmp_path, changes):
+    model = tiny_model(**changes)
+    assert any(entry.quantized for entry in disk_entries(model.config))
     save_model(model, tmp_path / "m", quantization="mxfp8")
     back = load_model(tmp_path / "m")
     assert back.config == model.config  # in memory it is an ordinary model again
@@ -125,7 +130,7 @@ def test_a_quantized_checkpoint_loads_as_the_rounded_model(tiny_model, tmp_path)
 
 
 def test_the_files_are_as_the_released_ones(tiny_model, tmp_path):
-    save_model(tiny_model(), tmp_path, quantization="mxfp8", dtype=torch.bfloat16)
+    save_model(tiny_model(**ROWS_OF_32), tmp_path, quantization="mxfp8", dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "model.safetensors")
     raw = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert {k: raw[k] for k in ("quant_method", "weight_block_size", "activation_scheme")} == {
@@ -148,6 +153,27 @@ def test_the_files_are_as_the_released_ones(tiny_model, tmp_path):
     assert M3Config.from_pretrained(tmp_path).dtype == "bfloat16"
 
 
+def test_rows_that_are_no_multiple_of_32_stay_as_they_are_and_are_listed(tiny_model, tmp_path):
+    save_model(tiny_model(hidden_size=64), tmp_path, quantization="mxfp8", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    ignored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["ignored_layers"]
+    expert = "language_model.model.layers.1.block_sparse_moe.experts.0"
+    assert tensors[f"{expert}.w1.weight"].dtype == torch.float8_e4m3fn  # rows of 64
+    assert tensors[f"{expert}.w2.weight"].dtype == torch.bfloat16  # rows of 40
+    assert f"{expert}.w2" in ignored
+    assert f"{expert}.w1" not in ignored
+
+
+def test_a_last_block_that_is_shorter_is_read_too(tiny_model, tmp_path):
+    model = tiny_model()  # hidden size 48: the last block of a row has 16 values
+    save_model(model, tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    values, scales = quantize(tensors[Q_PROJ])
+    tensors |= {Q_PROJ: values, Q_PROJ + "_scale_inv": scales}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(load_model(tmp_path).layers[0].attn.qkv_proj.weight[:96], widened(values, scales))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -157,12 +183,12 @@ def test_the_files_are_as_the_released_ones(tiny_model, tmp_path):
             "[96, 3], must be [96, 2]",
         ),
         (lambda t: t.update({Q_PROJ + "_scale_inv": torch.ones(96, 2)}), "_scale_inv F32, must be U8"),
-        (lambda t: t.update({Q_PROJ: torch.zeros(96, 48)}), f"tensors unexpected: 1 ({Q_PROJ}_scale_inv)"),
+        (lambda t: t.update({Q_PROJ: torch.zeros(96, 64)}), f"tensors unexpected: 1 ({Q_PROJ}_scale_inv)"),
         (lambda t: t[Q_PROJ + "_scale_inv"].fill_(255), "reserves for NaN"),
     ],
 )
 def test_scales_that_do_not_fit_their_weight_are_named(tiny_model, tmp_path, change, told):
-    save_model(tiny_model(), tmp_path, quantization="mxfp8")
+    save_model(tiny_model(**ROWS_OF_32), tmp_path, quantization="mxfp8")
     tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")

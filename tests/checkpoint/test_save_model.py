@@ -164,7 +164,7 @@ def test_extra_files_come_from_another_directory_and_leave_it_alone(tiny_model, 
 @pytest.mark.parametrize("limit", [30_000, 100_000, 10_000_000])
 @pytest.mark.parametrize("quantization", [None, "mxfp8"])
 def test_shards_keep_under_the_limit_and_the_index_lists_every_tensor(tiny_model, tmp_path, limit, quantization):
-    save_model(tiny_model(), tmp_path, max_shard_bytes=limit, quantization=quantization)
+    save_model(tiny_model(hidden_size=64), tmp_path, max_shard_bytes=limit, quantization=quantization)
     shards = sorted(tmp_path.glob("*.safetensors"))
     tensors = {shard.name: load_file(shard) for shard in shards}
     for held in tensors.values():
@@ -181,7 +181,7 @@ def test_shards_keep_under_the_limit_and_the_index_lists_every_tensor(tiny_model
 
 
 def test_tensors_begin_at_multiples_of_their_item_size(tiny_model, tmp_path):
-    save_model(tiny_model(), tmp_path, quantization="mxfp8", dtype=torch.bfloat16)
+    save_model(tiny_model(hidden_size=64), tmp_path, quantization="mxfp8", dtype=torch.bfloat16)
     data = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

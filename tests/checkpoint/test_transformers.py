@@ -90,3 +90,15 @@ def test_the_config_read_back_from_transformers_is_the_same_network(tiny_model, 
     save_model(model, tmp_path / "ours")
     _reference(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     assert M3Config.from_pretrained(tmp_path / "theirs") == model.config
+
+
+def test_transformers_reads_our_mxfp8_as_we_do(tiny_model, tmp_path):
+    pytest.importorskip("accelerate")  # transformers asks for it
+    save_model(tiny_model(hidden_size=64), tmp_path, quantization="mxfp8", dtype=torch.bfloat16)
+    reference, told = transformers.MiniMaxM3SparseForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    ours, theirs = _ours(load_model(tmp_path)), _theirs(reference.float())
+    assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openm3.checkpoint.names import CheckpointError, disk_entries
+from openm3.checkpoint.names import BLOCK, CheckpointError, disk_entries
 from openm3.config import M3Config
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def model_info(config: M3Config, *, context: int | None = None) -> ModelInfo:
     mxfp8 = 0
     for entry in disk_entries(config):
         parts[entry.part] = parts.get(entry.part, 0) + entry.numel
-        columns = entry.disk_shape[-1]
-        scales = entry.numel // columns * math.ceil(columns / 32)
-        mxfp8 += entry.numel + scales if entry.quantized else entry.numel * (4 if entry.float32 else 2)
+        mxfp8 += entry.numel + entry.numel // BLOCK if entry.quantized else entry.numel * (4 if entry.float32 else 2)
     total = sum(parts.values())
     routed = parts.get("experts", 0) * text.num_experts_per_tok // text.num_local_experts
     active = routed + sum(parts.get(part, 0) for part in PER_TOKEN)

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from openm3.checkpoint.names import SCALE_SUFFIX, CheckpointError, disk_entries
+from openm3.checkpoint.names import BLOCK, SCALE_SUFFIX, CheckpointError, disk_entries
 from openm3.config import M3Config
 
-BLOCK = 32
 LARGEST = 448.0  # of float8_e4m3fn
 PIECE = 1 << 20  # values handled at a time
 KEPT = ("vision_tower", "multi_modal_projector", "patch_merge_mlp", "language_model.lm_head")

@@ -24,6 +24,7 @@ class CheckpointError(ValueError):
 
 
 IGNORED = re.compile(r"(^|\.)mtp\.")  # multi-token-prediction heads: may be in the files, no part of this network
+BLOCK = 32  # consecutive inputs of a row that share a scale in an MXFP8 checkpoint
 SCALE_SUFFIX = "_scale_inv"  # X.weight is quantized if X.weight_scale_inv stands beside it
 
 LAYERS = "language_model.model.layers"
@@ -35,8 +36,8 @@ class Entry:
     """One tensor on disk and where it lives in the model.
 
     `index` cuts the model's own parameter: rows of a fused projection, one expert (and its rows) of a stack, nothing
-    for a whole one. `part` groups tensors for counting. `quantized`: an MXFP8 checkpoint holds it in eight bits.
-    `float32`: stays in float32 whatever the checkpoint's dtype.
+    for a whole one. `part` groups tensors for counting. `quantizable`: a projection of the text model, which an MXFP8
+    checkpoint holds in eight bits. `float32`: stays in float32 whatever the checkpoint's dtype.
     """
 
     disk_name: str
@@ -44,12 +45,17 @@ class Entry:
     disk_shape: tuple[int, ...]
     part: str
     index: tuple[int | slice, ...] = ()
-    quantized: bool = False
+    quantizable: bool = False
     float32: bool = False
 
     @property
     def numel(self) -> int:
         return math.prod(self.disk_shape)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether an MXFP8 checkpoint of ours has it in eight bits: other readers want rows of whole blocks."""
+        return self.quantizable and self.disk_shape[-1] % BLOCK == 0
 
     def view(self, own: torch.Tensor) -> torch.Tensor:
         """The entry's slice of the model's own tensor in the shape it has on disk; shares memory with `own`."""
@@ -85,15 +91,15 @@ def _attention(text: TextConfig, disk: str, own: str, sparse: bool) -> Iterator[
     disk, own, hidden, head = f"{disk}.self_attn", f"{own}.attn", text.hidden_size, text.head_dim
     q, kv = text.num_attention_heads * head, text.num_key_value_heads * head
     rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-    yield from _fused(disk, f"{own}.qkv_proj.weight", rows, hidden, "attention", quantized=True)
-    yield Entry(f"{disk}.o_proj.weight", f"{own}.o_proj.weight", (hidden, q), "attention", quantized=True)
+    yield from _fused(disk, f"{own}.qkv_proj.weight", rows, hidden, "attention", quantizable=True)
+    yield Entry(f"{disk}.o_proj.weight", f"{own}.o_proj.weight", (hidden, q), "attention", quantizable=True)
     for name in ("q_norm", "k_norm"):
         yield Entry(f"{disk}.{name}.weight", f"{own}.{name}.weight", (head,), "norms")
     if not sparse:
         return
     width = text.sparse.index_dim
     rows = {"index_q_proj": text.sparse.index_heads * width, "index_k_proj": width}
-    yield from _fused(disk, f"{own}.index_proj.weight", rows, hidden, "index", quantized=True)
+    yield from _fused(disk, f"{own}.index_proj.weight", rows, hidden, "index", quantizable=True)
     for name in ("index_q_norm", "index_k_norm"):
         yield Entry(f"{disk}.{name}.weight", f"{own}.{name}.weight", (width,), "index")
 
@@ -106,28 +112,28 @@ def _moe(text: TextConfig, disk: str, own: str) -> Iterator[Entry]:
     gate_up, down = f"{own}.experts.gate_up", f"{own}.experts.down"
     for e in range(experts):
         where, part = f"{disk}.experts.{e}", "experts"
-        yield Entry(f"{where}.w1.weight", gate_up, (size, hidden), part, (e, slice(0, size)), quantized=True)
-        yield Entry(f"{where}.w3.weight", gate_up, (size, hidden), part, (e, slice(size, 2 * size)), quantized=True)
-        yield Entry(f"{where}.w2.weight", down, (hidden, size), part, (e,), quantized=True)
+        yield Entry(f"{where}.w1.weight", gate_up, (size, hidden), part, (e, slice(0, size)), quantizable=True)
+        yield Entry(f"{where}.w3.weight", gate_up, (size, hidden), part, (e, slice(size, 2 * size)), quantizable=True)
+        yield Entry(f"{where}.w2.weight", down, (hidden, size), part, (e,), quantizable=True)
     shared = text.shared_intermediate_size
     yield from _swiglu(f"{disk}.shared_experts", f"{own}.shared", hidden, shared, "shared experts")
 
 
 def _swiglu(disk: str, own: str, hidden: int, size: int, part: str) -> Iterator[Entry]:
     rows = {"gate_proj": size, "up_proj": size}
-    yield from _fused(disk, f"{own}.gate_up_proj.weight", rows, hidden, part, quantized=True)
-    yield Entry(f"{disk}.down_proj.weight", f"{own}.down_proj.weight", (hidden, size), part, quantized=True)
+    yield from _fused(disk, f"{own}.gate_up_proj.weight", rows, hidden, part, quantizable=True)
+    yield Entry(f"{disk}.down_proj.weight", f"{own}.down_proj.weight", (hidden, size), part, quantizable=True)
 
 
 def _fused(
-    disk: str, own_name: str, rows: dict[str, int], columns: int | None, part: str, quantized: bool = False
+    disk: str, own_name: str, rows: dict[str, int], columns: int | None, part: str, quantizable: bool = False
 ) -> Iterator[Entry]:
     """Projections apart on disk, consecutive rows of one parameter in the model; `columns` None: their biases."""
     suffix, start = own_name.rpartition(".")[2], 0
     for name, count in rows.items():
         shape = (count,) if columns is None else (count, columns)
         index = (slice(start, start + count),)
-        yield Entry(f"{disk}.{name}.{suffix}", own_name, shape, part, index, quantized)
+        yield Entry(f"{disk}.{name}.{suffix}", own_name, shape, part, index, quantizable)
         start += count
 
 

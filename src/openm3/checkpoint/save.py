@@ -47,9 +47,10 @@ def save_model(
     """Writes `model` as a Hugging Face directory: config.json and safetensors shards of at most `max_shard_bytes`.
 
     `dtype` None: each tensor as it is in the model; the router's bias stays float32. `quantization` "mxfp8" writes the
-    text model's projections and experts in 8 bits. Other files already in `directory` (tokenizer, template) stay, and
-    those of `extra_files_from` are copied in. The directory changes from old to new in one step. A tensor larger than a
-    shard gets one of its own. Raises CheckpointError, with the old directory untouched.
+    text model's projections and experts in 8 bits, save those whose rows are no multiple of 32. Other files already in
+    `directory` (tokenizer, template) stay, and those of `extra_files_from` are copied in. The directory changes from
+    old to new in one step. A tensor larger than a shard gets one of its own. Raises CheckpointError, with the old
+    directory untouched.
     """
     if quantization not in (None, "mxfp8"):
         raise CheckpointError(f"quantization = {quantization!r}: must be None or 'mxfp8'")
