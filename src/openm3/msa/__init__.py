@@ -46,7 +46,10 @@ def select_blocks(
     _check_index(index_q, index_k, plan)
     module = _backend(backend, index_q.device)
     with torch.no_grad():
-        blocks, scores = module.select_blocks(index_q, index_k, plan, index_k_scale)
+        if module is reference:
+            blocks, scores = reference.select_blocks(index_q, index_k, plan, index_k_scale)
+        else:
+            blocks, scores = torch_backend.select_blocks(index_q, index_k, plan, index_k_scale, return_scores)
     return (blocks, scores) if return_scores else blocks
 
 

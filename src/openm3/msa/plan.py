@@ -16,7 +16,7 @@ from torch import Tensor
 Lengths = Sequence[int] | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Built by `Plan.packed` or `Plan.paged`. T query tokens of B sequences; keys of sequence s: `lens_k[s]`.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.msa import tiles
+from openm3.msa import decode, flex, tiles
 from openm3.msa.plan import Plan
 
 INF = float("inf")
@@ -68,18 +68,29 @@ def _sequence(x: Tensor, plan: Plan, s: int, n: int, scale: Scale) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- selection
 
 
-def select_blocks(index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale = None) -> tuple[Tensor, Tensor]:
-    t, heads, _ = index_q.shape
-    blocks = torch.empty(heads, t, plan.topk, dtype=torch.int32, device=index_q.device)
-    scores = torch.empty(heads, t, plan.topk, dtype=torch.float32, device=index_q.device)
+def select_blocks(
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale = None, scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Without `scores`, queries that see no more blocks than they may select take all of them, unscored."""
+    own = plan.positions // plan.block_size
+    if decode.fits(plan) and (scores or plan.max_k > plan.topk * plan.block_size):
+        return pick_blocks(decode.block_scores(index_q, index_k, plan, index_k_scale), own, plan)
+    ids = torch.arange(plan.topk, dtype=torch.int32, device=index_q.device)
+    blocks = torch.where(ids <= own[:, None], ids, -1).repeat(index_q.shape[1], 1, 1)
+    values = torch.empty(blocks.shape, dtype=torch.float32, device=index_q.device) if scores else None
+    strip = STRIP if index_q.device.type == "cpu" else 8 * STRIP
     for s, rows, n in _rows(plan):
-        for a in range(rows.start, rows.stop, STRIP):
-            b = min(a + STRIP, rows.stop)
+        # Rows before the first one that has to choose are done already.
+        choosing = 0 if scores or plan.explicit else plan.topk * plan.block_size - (n - (rows.stop - rows.start))
+        for a in range(rows.start + max(0, choosing), rows.stop, strip):
+            b = min(a + strip, rows.stop)
             positions = plan.positions[a:b]
             visible = n if plan.explicit else n - (rows.stop - b)
             found = _block_maxima(index_q[a:b].to(_wide(index_q)), index_k, plan, s, visible, positions, index_k_scale)
-            blocks[:, a:b], scores[:, a:b] = pick_blocks(found, positions // plan.block_size, plan)
-    return blocks, scores
+            blocks[:, a:b], chosen = pick_blocks(found, own[a:b], plan)
+            if scores:
+                values[:, a:b] = chosen
+    return blocks, values
 
 
 def _block_maxima(
@@ -89,7 +100,8 @@ def _block_maxima(
     block, count = plan.block_size, -(-visible // plan.block_size)
     rows = q.transpose(0, 1).flatten(0, 1)  # [Hi * C, Di]
     found = torch.empty(len(rows), count, dtype=rows.dtype, device=rows.device)
-    size = max(1, PIECE_BYTES // (4 * block * len(rows)))
+    piece = PIECE_BYTES if q.device.type == "cpu" else plan.workspace_bytes // 4
+    size = max(1, piece // (4 * block * len(rows)))
     # Blocks before the first query's own are visible as a whole; a device is not asked where that is.
     masked_from = int(positions.min()) // block if positions.device.type == "cpu" else 0
     for a in range(0, count, size):
@@ -142,6 +154,10 @@ def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float,
     k_scale: Scale = None, v_scale: Scale = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if decode.fits(plan):
+        return decode.attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
+    if _use_flex(q, k):
+        return flex.attention(q, k, v, blocks, plan, softmax_scale)
     outs = []
     for s, rows, n in _rows(plan):
         mine = blocks[:, rows]
@@ -156,6 +172,10 @@ def sparse_attention(
         cache = tiles.Keys(keys, values, ids, -(-n // plan.block_size), k_scale, v_scale)
         outs.append(tiles.attention(q[rows], cache, mine, plan.positions[rows], plan, softmax_scale))
     return _join(outs, q)
+
+
+def _use_flex(q: Tensor, k: Tensor) -> bool:
+    return q.is_cuda and q.dtype != torch.float64 and k.dtype.itemsize > 1 and q.shape[-1] >= 16
 
 
 def _all_selected(blocks: Tensor, plan: Plan, rows: slice, n: int) -> bool:
@@ -183,6 +203,10 @@ def _join(outs: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale = None, v_scale: Scale = None
 ) -> tuple[Tensor, Tensor]:
+    if decode.fits(plan):
+        return decode.attention(q, k, v, None, plan, softmax_scale, k_scale, v_scale)
+    if _use_flex(q, k):
+        return flex.attention(q, k, v, None, plan, softmax_scale)
     outs = []
     for s, rows, n in _rows(plan):
         keys, values = _sequence(k, plan, s, n, k_scale), _sequence(v, plan, s, n, v_scale)
