@@ -1,0 +1,132 @@
+"""The examination, by models that know everything and nothing, and the recipe's schedule."""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from openm3.train.recipes.nano import evaluate as examination
+from openm3.train.recipes.nano import recipe
+from openm3.train.recipes.nano.tasks import exams
+
+
+@dataclass
+class Reply:
+    content: str
+    reasoning: str | None = None
+    tool_calls: list = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    name: str
+    arguments: dict
+
+
+class Knowing:
+    """Answers every case as it should be answered; the cases are drawn again and found by their messages."""
+
+    def __init__(self, cases, wrong=frozenset()):
+        self.expected, self.wrong = {}, wrong
+        for exam in exams():
+            for number in range(cases):
+                case = exam.sample(random.Random(f"exam 0 {exam.seed or exam.name} {number}"))
+                for i, message in enumerate(case.messages):
+                    if message["role"] == "assistant":
+                        self.expected[self.key(case.messages[:i], case.thinking)] = message
+
+    @staticmethod
+    def key(messages, thinking):
+        def text(content):
+            if not isinstance(content, list):
+                return content
+            return [p.get("text") or len(p.get("video", "image")) for p in content]
+
+        return json.dumps([[m["role"], text(m["content"])] for m in messages]) + thinking
+
+    def chat_batch(self, conversations, params, *, thinking, tools):
+        assert params.temperature == 0.0
+        return [self.reply(messages, mode) for messages, mode in zip(conversations, thinking)]
+
+    def reply(self, messages, mode):
+        message = self.expected[self.key(messages, mode)]
+        calls = [Call(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls", ())]
+        return Reply(message["content"], message.get("reasoning_content"), calls)
+
+
+class Unknowing:
+    def chat_batch(self, conversations, params, *, thinking, tools):
+        return [Reply("no") for _ in conversations]
+
+
+def test_right_answers_reach_every_bar_and_wrong_ones_none():
+    rows = examination.evaluate(Knowing(8), cases=8, progress=False)
+    assert {row.name for row in rows} == {exam.name for exam in exams()}
+    assert all(row.percent == 100 for row in rows), [row for row in rows if row.percent < 100]
+    dialogue = {row.name: row.total for row in rows if row.name.startswith("dialogue")}
+    assert dialogue == {"dialogue: each answer": 24, "dialogue: all three answers": 8}
+    rows = examination.evaluate(Unknowing(), cases=8, progress=False)
+    assert all(row.percent == 0 for row in rows if row.name != "adaptive is silent: no carry")
+    assert not any(row.reached for row in rows)
+
+
+def test_rows_are_chosen_by_the_beginning_of_their_names():
+    rows = examination.evaluate(Unknowing(), ["picture: c", "tool: the call"], cases=3, progress=False)
+    assert [row.name for row in rows] == ["picture: colour", "picture: count", "tool: the call"]
+    with pytest.raises(ValueError, match="juggling"):
+        examination.evaluate(Unknowing(), ["juggling"], cases=1)
+
+
+def test_all_three_modes_of_arithmetic_see_the_same_problems():
+    rows = [exam for exam in exams() if exam.name.startswith("arithmetic")]
+    for number in range(20):
+        cases = [exam.sample(random.Random(f"exam 0 {exam.seed} {number}")) for exam in rows]
+        assert len({str(case.facts["problems"]) for case in cases}) == 1
+        assert [case.thinking for case in cases] == ["enabled", "disabled", "adaptive"]
+
+
+def test_wilson_is_the_known_interval():
+    low, high = examination.wilson(8, 10)  # a textbook value: 0.4902 to 0.9433
+    assert (low, high) == (pytest.approx(49.02, abs=0.01), pytest.approx(94.33, abs=0.01))
+    assert examination.wilson(0, 0) == (0.0, 100.0)
+    assert examination.wilson(2000, 2000)[0] == pytest.approx(99.81, abs=0.01)
+    assert examination.wilson(1920, 2000)[0] > 95 > examination.wilson(1919, 2000)[0]
+
+
+def test_the_table_is_written_between_its_marks(tmp_path):
+    rows = examination.evaluate(Unknowing(), ["clip"], cases=3, progress=False)
+    document = tmp_path / "nano.md"
+    document.write_text("before\n" + "\nold\n".join(examination.MARKS) + "\nafter\n")
+    for _ in range(2):
+        examination.write_table(rows, document, "a test")
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert text.count("clip: what moves") == 1
+    assert "MISSED" in text
+    with pytest.raises(ValueError, match="must hold the lines"):
+        examination.write_table(rows, tmp_path / "other.md", "x") if (tmp_path / "other.md").write_text("x") else None
+    examination.write(rows, tmp_path / "results" / "r.json", {"device": "a test"})
+    assert json.loads((tmp_path / "results" / "r.json").read_text())["rows"][0]["bar"] == 92
+
+
+def test_the_page_of_the_model_has_a_place_for_the_table():
+    text = (Path(__file__).parents[2] / "docs" / "nano.md").read_text()
+    assert all(text.count(mark) == 1 for mark in examination.MARKS)
+
+
+def test_the_compared_runs_see_equally_many_tokens():
+    pt, full, cpt = (recipe.plan(name, 400) for name in ("pt", "full", "cpt"))
+    assert pt.config.steps == full.config.steps == full.stop_at + cpt.config.steps
+    assert pt.config.tokens_per_batch == full.config.tokens_per_batch == cpt.config.tokens_per_batch
+    assert (full.config.attention, pt.config.attention, cpt.config.attention) == ("dense", "msa", "msa")
+    assert cpt.first == full.stop_at
+    assert pt.source() == full.source()
+    assert 0 < cpt.config.warmup_msa_steps < cpt.config.steps
+    pieces = [round(plan.config.decay_fraction * plan.config.steps) for plan in (pt, cpt)]
+    assert abs(pieces[0] - pieces[1]) <= 1
+    with pytest.raises(ValueError, match="huge"):
+        recipe.plan("huge")
