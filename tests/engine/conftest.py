@@ -9,10 +9,16 @@ from openm3.model import M3
 
 @pytest.fixture(scope="session")
 def model() -> M3:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products; threads only cost
     torch.manual_seed(0)
     model = M3(tiny_config()).eval()
     model.reset_parameters(std=0.15)
-    yield model
+    return model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """The products are tiny: threads only cost, and on a busy machine a hundredfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(threads)

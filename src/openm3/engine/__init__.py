@@ -1,0 +1,32 @@
+"""Inference on the packed model and the page cache; `LLM` is its face. The rooms behind it read in this order: request
+(plain data), pages, scheduler (who computes what), runner (one batch, one forward), sampler, output (text), core, llm.
+
+The names below load on first use: a terminal that reads SamplingParams need not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openm3.engine.llm import LLM
+    from openm3.engine.output import ChatResult, Completion, Finish
+    from openm3.engine.request import RequestError, SamplingParams
+
+__all__ = ["LLM", "ChatResult", "Completion", "Finish", "RequestError", "SamplingParams"]
+
+_HOMES = {
+    "LLM": "llm",
+    "ChatResult": "output",
+    "Completion": "output",
+    "Finish": "output",
+    "RequestError": "request",
+    "SamplingParams": "request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'openm3.engine' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"openm3.engine.{_HOMES[name]}"), name)

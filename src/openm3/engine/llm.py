@@ -100,14 +100,15 @@ class LLM:
     def generate(
         self, prompts: str | list[str], params: SamplingParams | None = None, *, stream: bool = False
     ) -> list[Completion] | Iterator[str]:
-        """Continues plain texts, all in one batch; stream=True (one text only): an iterator of pieces of the answer.
+        """Continues texts as they are, without a chat template, all in one batch; special tokens count where they are
+        spelled. stream=True (one text only): an iterator of pieces of the answer.
 
         Raises RequestError (a ValueError) for a text that is empty or does not fit.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if stream and len(texts) != 1:
             raise RequestError(f"generate: {len(texts)} prompts with stream=True, must be one; stream them one by one")
-        requests = [self._request(self.processor.tokenizer.encode(text), params) for text in texts]
+        requests = [self._request(self.processor.tokenizer.encode(text, specials=True), params) for text in texts]
         if stream:
             return self._stream(requests[0])
         return [
@@ -267,7 +268,8 @@ def _media(ids: list[int], images: list[Any], videos: list[Any], config: M3Confi
     for kind, token, given in (("image", config.image_token_id, n_image), ("video", config.video_token_id, n_video)):
         found = ids.count(token)
         if found != given:
-            raise RequestError(f"the prompt has {found} {kind} placeholder tokens, its {kind}s give {given} embeddings")
+            have = f"its {kind}s give {given} embeddings" if given else f"no {kind}"
+            raise RequestError(f"{found} {kind} placeholder tokens in the prompt, {have}")
     if not positions:
         return None
 
