@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import torch
 
-from openm3.processing.images import MAX_SOURCE_PIXELS, MediaError, decode, first_line, open_image, to_frames
+from openm3.processing.images import MAX_SOURCE_PIXELS, MediaError, damage_reported, decode, open_image, to_frames
 
 if TYPE_CHECKING:
     import av
@@ -96,7 +96,8 @@ def _check_size(width: int, height: int, frames: int, name: str) -> None:
 def _read_animation(stream: BinaryIO, name: str) -> Reading:
     with open_image(stream, name) as image:
         _check_size(image.width, image.height, 0, name)
-        total = getattr(image, "n_frames", 1)
+        with damage_reported(name):
+            total = getattr(image, "n_frames", 1)
         if total < 2:
             raise MediaError(f"{name}: a still picture ({image.format}), not a video; give it as an image")
         _check_size(0, 0, total, name)
@@ -117,11 +118,9 @@ def _read_animation(stream: BinaryIO, name: str) -> Reading:
 
 
 def _seek(image: Image.Image, number: int, name: str) -> None:
-    try:
+    with damage_reported(name):
         image.seek(number)
         image.load()
-    except Exception as error:  # damaged files raise anything
-        raise MediaError(f"{name}: damaged or cut off at frame {number} ({first_line(error)})") from error
 
 
 # Containers, through PyAV.
@@ -142,7 +141,8 @@ def _container(stream: BinaryIO, name: str) -> Iterator[tuple[av.container.Input
     stream.seek(0)
     limit = {"max_pixels": str(MAX_FRAME_PIXELS)}
     try:
-        with av.open(_Unnamed(stream), options={"format_whitelist": CONTAINERS} | limit) as container:
+        options = {"format_whitelist": CONTAINERS} | limit
+        with av.open(_Unnamed(stream), options=options, metadata_errors="replace") as container:
             covers = av.stream.Disposition.attached_pic
             pictures = [stream for stream in container.streams.video if not stream.disposition & covers]
             if not pictures:
@@ -178,9 +178,7 @@ def _read_packets(stream: BinaryIO, name: str) -> Reading | None:
     times, keyframe, hidden, length, cut, reached = array("q"), bytearray(), bytearray(), 0, False, 0.0
     with _container(stream, name) as (container, video):
         told = container.format.name != "avi"
-        for packet in container.demux():
-            if not packet.size:
-                continue
+        for packet in _packets(container):
             time = packet.dts if packet.pts is None else packet.pts
             if time is not None:
                 reached = max(reached, float((time + (packet.duration or 0)) * packet.time_base))
@@ -218,9 +216,7 @@ def _frames_by_packets(
     begin, end = runs.pop(0)
     position = -1
     with _container(stream, name) as (container, video):
-        for packet in container.demux(video):
-            if not packet.size:
-                continue
+        for packet in _packets(container, video):
             position += 1
             if position < begin:
                 continue
@@ -250,10 +246,9 @@ def _runs(packets: _Packets, positions: Sequence[int]) -> list[list[int]]:
         while at >= 0 and packets.pts[keys[at]] > packets.pts[position]:
             at -= 1
         begin = int(keys[at]) if at >= 0 else 0
-        if runs and begin <= runs[-1][1] + 1:
-            runs[-1][1] = position
-        else:
-            runs.append([begin, position])
+        while runs and begin <= runs[-1][1] + 1:
+            begin = min(begin, runs.pop()[0])
+        runs.append([begin, position])
     return runs
 
 
@@ -286,8 +281,17 @@ def _read_all(stream: BinaryIO, name: str) -> Reading:
 
 
 def _all_frames(container: av.container.InputContainer, video: av.VideoStream) -> Iterator[av.VideoFrame]:
-    for packet in container.demux(video):
+    for packet in _packets(container, video):
         yield from _decoded(video, packet)
+    yield from _decoded(video, None)
+
+
+def _packets(container: av.container.InputContainer, *streams: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of the streams, or of all, without the empty ones that end them."""
+    try:
+        yield from (packet for packet in container.demux(*streams) if packet.size)
+    except IndexError:  # PyAV's, after the last packet, where a stream appeared midway
+        return
 
 
 def _decoded(video: av.VideoStream, packet: av.Packet | None) -> list[av.VideoFrame]:

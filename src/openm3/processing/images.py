@@ -247,6 +247,15 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 200 else text[:60] + "...")
 
 
+@contextmanager
+def damage_reported(name: str) -> Iterator[None]:
+    """Around calls into Pillow, which raises anything over a damaged file, from SyntaxError to IndexError."""
+    try:
+        yield
+    except Exception as error:
+        raise MediaError(f"{name}: damaged or cut off ({first_line(error)})") from error
+
+
 def first_line(error: BaseException) -> str:
     """An error's message cut to its first line, or its type's name."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -271,7 +280,7 @@ def open_image(stream: BinaryIO, name: str) -> Image.Image:
             return factory(stream, "")
         except Image.DecompressionBombError as error:  # of formats that allocate at once
             raise MediaError(f"{name}: {first_line(error)}") from error
-        except Exception as error:  # a damaged header raises anything, from SyntaxError to struct.error
+        except Exception as error:
             damage = f"a damaged {kind} file ({first_line(error)})"
     raise MediaError(f"{name}: {damage or 'not a picture in a format we read (' + ', '.join(FORMATS) + ')'}")
 
@@ -284,10 +293,8 @@ def decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise MediaError(f"{name}: {width:,} x {height:,} pixels, over the limit of {max_pixels:,} pixels; "
                          "make it smaller")  # fmt: skip
-    try:
+    with damage_reported(name):
         image.load()
-    except Exception as error:  # as for headers
-        raise MediaError(f"{name}: damaged or cut off ({first_line(error)})") from error
     with suppress(Exception):  # broken EXIF data says nothing about the pixels
         image = ImageOps.exif_transpose(image)
     try:
