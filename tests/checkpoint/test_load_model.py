@@ -224,6 +224,13 @@ def test_a_model_larger_than_the_memory_is_refused_before_any_is_taken(saved, mo
     assert "see `openm3 info`" in error_of(saved)
 
 
+def test_loading_draws_no_random_numbers_and_does_not_import_the_compiler(saved):
+    code = "import sys, torch; from openm3.checkpoint import load_model; before = torch.get_rng_state()\n"
+    code += "model = load_model(sys.argv[1]); assert torch.equal(before, torch.get_rng_state())\n"
+    code += "assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, saved], check=True)
+
+
 MEASURE = """
 import sys, torch
 from openm3.checkpoint import load_model, resolve

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from openm3.checkpoint.hub import resolve
 from openm3.checkpoint.mxfp8 import check_quantization, dequantize, scale_name, scale_shape
@@ -218,7 +219,22 @@ def _refuse_too_large(entries: list[Entry], device: torch.device, dtype: torch.d
 def _empty_model(config: M3Config, device: torch.device, dtype: torch.dtype) -> M3:
     from openm3.model import M3
 
-    return M3(config, device="meta", dtype=dtype).to_empty(device=device)
+    with _NoRandomStart():
+        return M3(config, device=device, dtype=dtype)
+
+
+class _NoRandomStart(TorchFunctionMode):
+    """Modules made under it keep the memory they are given instead of drawing numbers that a checkpoint overwrites.
+
+    The meta device would do as well, but its `normal_` imports the compiler: four seconds on a slow machine.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        drawn = (
+            func in (torch.Tensor.normal_, torch.Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init"
+        )
+        return (args or (kwargs["tensor"],))[0] if drawn else func(*args, **kwargs)
 
 
 @torch.no_grad()
