@@ -65,13 +65,14 @@ def chat(
     from openm3.checkpoint import model_info
     from openm3.checkpoint.info import count
     from openm3.config import M3Config
+    from openm3.engine import SamplingParams
     from openm3.terminal.chat import Chat
 
     info = model_info(M3Config.from_pretrained(model))
     about = f"{count(info.total)} parameters, {count(info.active)} active"
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    params = SamplingParams(temperature, top_p, top_k, seed, max_tokens=max_tokens)
     name = Path(model).name if Path(model).is_dir() else model
-    session = Chat(name, about, lambda: _load(model, device), sampling=sampling, thinking=thinking.value)
+    session = Chat(name, about, lambda: _load(model, device), params=params, thinking=thinking.value)
     session.run()
     if not session.close():  # still loading, say: nothing to wait for
         sys.stdout.flush()

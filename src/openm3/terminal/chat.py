@@ -13,15 +13,18 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from openm3.terminal.editor import Editor, history_path
+from openm3.terminal.editor import Editor, history_path, quiet_keys
 from openm3.terminal.paths import dropped_media, first_path, kind_of
-from openm3.terminal.view import LiveView, PlainView, folded_line, thinking_lines
+from openm3.terminal.view import LiveView, PlainView, thinking_text
 from openm3.terminal.worker import Job, Worker
+
+if TYPE_CHECKING:
+    from openm3.engine import LLM, SamplingParams
 
 MODES = ("adaptive", "enabled", "disabled")
 COMMANDS = {  # name: (what it takes, what it does, the words that complete it)
@@ -56,20 +59,20 @@ class Turn:
 class Chat:
     """One conversation in the terminal. `load()` gives the LLM; `about` is the model in a few words, for the banner.
 
-    `sampling`: keywords of SamplingParams, for every answer; `console`: where to draw, default the terminal.
+    `params`: the SamplingParams of every answer; `console`: where to draw, default the terminal.
     """
 
     def __init__(
         self,
         name: str,
         about: str,
-        load: Callable[[], Any],
+        load: Callable[[], LLM],
         *,
-        sampling: dict[str, Any] | None = None,
+        params: SamplingParams | None = None,
         thinking: str = "adaptive",
         console: Console | None = None,
     ) -> None:
-        self.name, self.about, self.sampling, self.thinking = name, about, sampling or {}, thinking
+        self.name, self.about, self.params, self.thinking = name, about, params, thinking
         self.console = console or Console(highlight=False)
         history = history_path() if sys.stdin.isatty() else None
         self.editor = Editor({name: words for name, (_, _, words) in COMMANDS.items()}, history)
@@ -168,11 +171,12 @@ class Chat:
         if self.attachments:
             message["content"] = [*(a.part for a in self.attachments), {"type": "text", "text": text}]
         messages = [*self.messages, message]
-        job = self.worker.submit(lambda llm: self._events(llm, messages))
+        mode, params = self.thinking, self.params
+        job = self.worker.submit(lambda llm: llm.chat(messages, params, thinking=mode, stream=True))
         turn = Turn()
         view = self._view()
         stopped = threading.Event()
-        with _on_ctrl_c(stopped.set):
+        with _on_ctrl_c(stopped.set), quiet_keys():
             try:
                 self._stream(job, turn, view, stopped)
             except BaseException:
@@ -186,11 +190,6 @@ class Chat:
                 answer["reasoning_content"] = turn.thinking
             self.messages = [*messages, answer]
             self.attachments = []
-
-    def _events(self, llm: Any, messages: list[dict[str, Any]]) -> Iterator[Any]:
-        from openm3.engine import SamplingParams
-
-        return llm.chat(messages, SamplingParams(**self.sampling), thinking=self.thinking, stream=True)
 
     def _stream(self, job: Job, turn: Turn, view: LiveView | PlainView, stopped: threading.Event) -> None:
         view.wait(self._what_happens())
@@ -275,9 +274,7 @@ class Chat:
     def _unfold(self) -> None:
         self.fold = False
         if self.last_thinking.strip():
-            self._note(folded_line(self._count_tokens(self.last_thinking)).replace("▸", "▾"))
-            for line in thinking_lines(self.last_thinking, self.console):
-                self.console.print("".join(segment.text for segment in line), style="dim italic", markup=False)
+            self.console.print(thinking_text(self.last_thinking))
             self.console.print()
         else:
             self._note("thinking stays open from now on; there was none in the last answer")
@@ -286,16 +283,16 @@ class Chat:
         for name, (takes, does, _) in COMMANDS.items():
             self.console.print(Text.assemble((f"  {name} {takes}".ljust(18), "cyan"), (does, "")))
         self._note("  A line that ends in \\ goes on in the next. A file dropped here is shown to the model.\n"
-                   "  Ctrl-C stops an answer.\n")  # fmt: skip
+                   "  Ctrl-C stops an answer.")  # fmt: skip
 
     # -- small talk of the program itself ------------------------------------------------------------------------------
 
     def _banner(self) -> None:
         if self.editor.terminal:
             self.console.print(Text.assemble((self.name, "bold cyan"), (f" · {self.about}", "dim")), soft_wrap=True)
-            self._note("/help lists the commands · Ctrl-C stops an answer · Ctrl-D leaves\n")
+            self._note("/help lists the commands · Ctrl-C stops an answer · Ctrl-D leaves")
 
-    def _loaded(self, llm: Any | None) -> None:
+    def _loaded(self, llm: LLM | None) -> None:
         """On the model's thread: adds the device to the banner, or wakes the prompt to tell what went wrong."""
         if llm is None:
             if self._reading and hasattr(signal, "pthread_kill"):
@@ -314,7 +311,8 @@ class Chat:
 
     def _note(self, text: str) -> None:
         if self.editor.terminal:
-            self.console.print(Text(text, style="dim"))
+            self.console.print(Text(text, style="dim"), soft_wrap=True)
+            self.console.print()
 
     def _complain(self, text: str) -> None:
         line = Text(" ".join(text.split()), style="red" if self.console.is_terminal else "")

@@ -9,13 +9,14 @@ import contextlib
 import glob
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 try:
     import readline
+    import termios
 except ImportError:  # Windows
-    readline = None
+    readline = termios = None
 
 HISTORY_LINES = 1000
 
@@ -87,6 +88,21 @@ class Editor:
         home = os.path.expanduser(rest)
         found = sorted(glob.glob(glob.escape(home) + "*"))
         return [f"{command} {rest}{path[len(home) :]}" + ("/" if os.path.isdir(path) else "") for path in found]
+
+
+@contextlib.contextmanager
+def quiet_keys() -> Iterator[None]:
+    """Keys pressed meanwhile, and the ^C of an interrupt, are not echoed into what is being drawn; none is lost."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def history_path() -> Path:

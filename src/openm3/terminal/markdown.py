@@ -6,10 +6,11 @@ The parser is CommonMark with tables and without HTML: a tag is text and stays v
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import ClassVar
 
 from markdown_it import MarkdownIt
-from rich.console import Console, RenderableType
-from rich.markdown import Markdown
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markdown import Heading, Markdown
 from rich.segment import Segment
 
 PARSER = MarkdownIt("commonmark", {"html": False}).enable("strikethrough").enable("table")
@@ -18,24 +19,40 @@ Line = list[Segment]
 WIDTH = 100  # lines longer than this are tiring to read
 
 
+class _Heading(Heading):
+    """A heading at the left, of whatever level."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = "left"
+        yield self.text
+
+
+class _Markdown(Markdown):
+    elements: ClassVar = {**Markdown.elements, "heading_open": _Heading}
+
+
 def split_blocks(source: str) -> tuple[list[str], str]:
     """Cuts `source` into finished top-level blocks and the open rest; their concatenation is `source`.
 
     A block is finished when a complete line of a later block is there: nothing that follows can change it any more.
     """
-    complete = source[: source.rfind("\n") + 1]
-    starts = [token.map[0] for token in PARSER.parse(complete) if token.level == 0 and token.nesting >= 0 and token.map]
-    if len(starts) < 2:
-        return [], source
+    end = source.rfind("\n") + 1
+    *finished, last = blocks_of(source[:end])
+    return finished, last + source[end:]
+
+
+def blocks_of(source: str) -> list[str]:
+    """The top-level blocks of `source`, each with the blank lines after it; at least one, perhaps empty."""
+    starts = [token.map[0] for token in PARSER.parse(source) if token.level == 0 and token.nesting >= 0 and token.map]
     lines = source.split("\n")
-    edges = [0, *starts[1:]]
+    edges = [0, *starts[1:], len(lines)]
     blocks = ["\n".join(lines[a:b]) + "\n" for a, b in pairwise(edges)]
-    return blocks, "\n".join(lines[edges[-1] :])
+    return [*blocks[:-1], blocks[-1][:-1]]
 
 
 def render_block(source: str, console: Console) -> list[Line]:
     """One block's terminal lines for the console's width, without blank lines around it."""
-    markdown = Markdown(source, code_theme="ansi_dark")
+    markdown = _Markdown(source, code_theme="ansi_dark")
     markdown.parsed = PARSER.parse(source)
     for token in markdown.parsed:
         for child in token.children or ():

@@ -7,7 +7,7 @@ scrollback; only the open block is redrawn. So a long answer neither flickers no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.text import Text
 
-from openm3.terminal.markdown import Line, render_block, split_blocks, to_lines
+from openm3.terminal.markdown import Line, blocks_of, render_block, split_blocks, to_lines
 
 REDRAW_SECONDS = 0.08
 THINKING_LINES = 6  # of the thinking under way, when it will be folded
@@ -106,7 +106,8 @@ class LiveView:
             blocks, self._open = split_blocks(self._open)
             for block in blocks:
                 self._region.finish(render_block(block, self.console))
-            self._region.show(render_block(self._open, self.console))
+            first, *more = (render_block(block, self.console) for block in blocks_of(self._open))
+            self._region.show(first, more)
         elif self._thinking:
             lines = self._thinking_lines()
             if self.fold:
@@ -143,16 +144,16 @@ class LiveView:
             self._region.finish(self._thinking_lines())
 
     def _thinking_lines(self) -> list[Line]:
-        return thinking_lines(self._thinking, self.console)
+        return to_lines(thinking_text(self._thinking), self.console)
 
 
 def folded_line(tokens: int) -> str:
     return f"▸ thought for {tokens} token{'s' if tokens != 1 else ''}"
 
 
-def thinking_lines(text: str, console: Console) -> list[Line]:
+def thinking_text(text: str) -> Padding:
     """Thinking as it is shown: plain text, dim, a little to the right."""
-    return to_lines(Padding(Text(text.strip(), style="dim italic"), (0, 0, 0, 2)), console)
+    return Padding(Text(text.strip(), style="dim italic"), (0, 0, 0, 2))
 
 
 class _Lines:
@@ -177,12 +178,13 @@ class _Region:
         self._printed = 0  # lines of the current block that are printed for good
         self._gap = False  # something stands above: a blank line parts the next block from it
 
-    def show(self, lines: list[Line]) -> None:
-        """Redraws the open block."""
-        lines = self._parted(lines)
+    def show(self, lines: list[Line], more: Sequence[list[Line]] = ()) -> None:
+        """Redraws the open block, and below it what begins to look like `more` blocks."""
         self.live.start()
-        keep = max(1, self.console.height - 2)
-        self._print(lines, up_to=len(lines) - keep, rest=lines[max(self._printed, len(lines) - keep) :])
+        lines = self._parted(lines)
+        below = [line for block in more if block for line in ([], *block)]
+        out = len(lines) + len(below) - max(1, self.console.height - 2)  # so many do not fit
+        self._print(lines, up_to=min(out, len(lines)), rest=[*lines, *below][max(self._printed, out, 0) :])
 
     def finish(self, lines: list[Line]) -> None:
         """Prints the rest of a block for good; the next one starts below."""
