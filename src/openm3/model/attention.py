@@ -57,8 +57,7 @@ class Attention(nn.Module):
         index_q = index_k = None
         if self.index_heads and step.stage != "dense":
             index_q, index_k = self._index(x, step)
-        with torch.autocast(x.device.type, enabled=False):
-            out, loss = self._attend(q, k, v, index_q, index_k, step, cache)
+        out, loss = self._attend(q, k, v, index_q, index_k, step, cache)
         return self.o_proj(out.flatten(1)), loss
 
     def _index(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -68,20 +67,22 @@ class Attention(nn.Module):
         k = apply_rope(self.index_k_norm(heads[:, -1:]), step.cos, step.sin)
         return q, k.squeeze(1)
 
+    @torch.compiler.disable  # the operator is planned on the host; what is around it compiles
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor | None, index_k: Tensor | None, step: Step,
         cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if cache is not None:
-            cache.store(step.slots, k, v, index_k)
-            k, v, index_k = cache.k, cache.v, cache.index_k
-        if index_q is None:
-            return msa.dense_attention(q, k, v, step.plan), None
-        if step.stage == "warmup":
-            loss = msa.index_loss(index_q, index_k, q, k, None, step.plan, queries=step.index_queries)
-            return msa.dense_attention(q, k, v, step.plan), loss
-        blocks = msa.select_blocks(index_q, index_k, step.plan)
-        loss = None
-        if step.stage == "train":
-            loss = msa.index_loss(index_q, index_k, q, k, blocks, step.plan, queries=step.index_queries)
-        return msa.sparse_attention(q, k, v, blocks, step.plan), loss
+        with torch.autocast(q.device.type, enabled=False):
+            if cache is not None:
+                cache.store(step.slots, k, v, index_k)
+                k, v, index_k = cache.k, cache.v, cache.index_k
+            if index_q is None:
+                return msa.dense_attention(q, k, v, step.plan), None
+            if step.stage == "warmup":
+                loss = msa.index_loss(index_q, index_k, q, k, None, step.plan, queries=step.index_queries)
+                return msa.dense_attention(q, k, v, step.plan), loss
+            blocks = msa.select_blocks(index_q, index_k, step.plan)
+            loss = None
+            if step.stage == "train":
+                loss = msa.index_loss(index_q, index_k, q, k, blocks, step.plan, queries=step.index_queries)
+            return msa.sparse_attention(q, k, v, blocks, step.plan), loss

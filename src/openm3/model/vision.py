@@ -1,7 +1,7 @@
 """The vision tower, for images and video alike: patches in, one embedding for each 2x2 patches out.
 
-Rows of all images travel packed; attention is full within one grid entry (an image, or a video segment). Entries of the
-same number of rows attend as one batch.
+Rows of all images travel packed; attention is full within one grid entry (an image, or a video segment). Entries with
+the same number of rows are brought together first, so that they attend as one batch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from openm3.config import M3Config, VisionConfig
 from openm3.model.layers import apply_rope
 
 Grid = tuple[tuple[int, int, int], ...]
+Groups = list[tuple[int, int]]  # (entries, rows of each), one after the other
 
 
 def activation(name: str, x: Tensor) -> Tensor:
@@ -49,15 +50,17 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, **factory)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, **factory)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: list[tuple[Tensor, int]]) -> Tensor:
-        """[rows, H]; `groups`: (row indices of all entries of one length, how many entries)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [rows, heads, D]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: Groups) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.unbind(1)  # [rows, heads, D]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        out = torch.empty_like(v)
-        for rows, entries in groups:
-            batch = [y[rows].unflatten(0, (entries, -1)).transpose(1, 2) for y in (q, k, v)]
-            out = out.index_copy(0, rows, F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
-        return self.out(out.flatten(1))
+        outs, start = [], 0
+        for entries, length in groups:
+            rows = slice(start, start + entries * length)
+            batch = [y[rows].unflatten(0, (entries, length)).transpose(1, 2) for y in (q, k, v)]
+            outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+            start = rows.stop
+        return self.out(torch.cat(outs).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -81,7 +84,7 @@ class VisionLayer(nn.Module):
         self.attn = VisionAttention(config, **factory)
         self.mlp = VisionMLP(config, **factory)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: list[tuple[Tensor, int]]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: Groups) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, groups)
         return x + self.mlp(self.norm2(x))
 
@@ -97,24 +100,25 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config, **factory) for _ in range(config.num_hidden_layers))
 
     def forward(self, pixel_values: Tensor, grid: Grid) -> Tensor:
-        x = self.pre_norm(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)))
-        cos, sin = vision_rope(grid, self.config, x.device)
-        groups = _by_length(grid, x.device)
+        order, groups = _by_length(grid)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        order, back = (rows.to(pixel_values.device, non_blocking=True) for rows in (order, back))
+        x = self.pre_norm(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)))[order]
+        cos, sin = (angles[order] for angles in vision_rope(grid, self.config, x.device))
         for layer in self.layers:
             x = layer(x, cos, sin, groups)
-        return x
+        return x[back]
 
 
-def _by_length(grid: Grid, device: torch.device) -> list[tuple[Tensor, int]]:
+def _by_length(grid: Grid) -> tuple[Tensor, Groups]:
+    """An order of the rows that brings entries of one length together, int64 [rows], and the groups in that order."""
     starts: dict[int, list[int]] = {}
     at = 0
     for t, h, w in grid:
         starts.setdefault(t * h * w, []).append(at)
         at += t * h * w
-    return [
-        ((torch.tensor(first)[:, None] + torch.arange(n)).flatten().to(device, non_blocking=True), len(first))
-        for n, first in starts.items()
-    ]
+    rows = [(torch.tensor(first)[:, None] + torch.arange(n)).flatten() for n, first in starts.items()]
+    return torch.cat(rows), [(len(first), n) for n, first in starts.items()]
 
 
 class Projector(nn.Module):
