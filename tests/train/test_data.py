@@ -142,7 +142,7 @@ from tiny import CopySource
 from openm3.train.data import BatchLoader
 if __name__ == "__main__":
     with BatchLoader(CopySource(samples=18), workers=2, prefetch=200) as loader:
-        next(loader)
+        next(loader), next(loader)  # both workers are up
         print("ready", flush=True)
         try:
             while True:
@@ -169,7 +169,7 @@ def test_no_worker_outlives_the_reader(how, tmp_path):
     )
     assert reader.stdout.readline() == "ready\n", reader.stderr.read()
     children = psutil.Process(reader.pid).children(recursive=True)
-    assert len(children) >= 2  # one may still be starting
+    assert len(children) >= 2
     if how == "ctrl-c":
         os.killpg(reader.pid, signal.SIGINT)  # as a terminal does: to the workers, too
         assert reader.stdout.readline() == "stopped\n", reader.stderr.read()
