@@ -441,7 +441,7 @@ def test_options_out_of_range_name_the_field_and_value(options):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-@pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts", "avi"])
+@pytest.mark.parametrize("container", ["mp4", "matroska", "mpegts", "avi", "webm"])
 def test_damaged_files_give_a_video_or_a_media_error(container, data):
     original = bytearray(encoded_once(container))
     for _ in range(data.draw(st.integers(1, 6))):
@@ -456,7 +456,7 @@ _MADE: dict[str, bytes] = {}
 
 def encoded_once(container: str) -> bytes:
     if container not in _MADE:
-        _MADE[container] = encoded(12, container, "mpeg4")
+        _MADE[container] = encoded(12, container, "libvpx-vp9" if container == "webm" else "mpeg4")
     return _MADE[container]
 
 

@@ -153,7 +153,7 @@ def _container(stream: BinaryIO, name: str) -> Iterator[tuple[av.container.Input
                 raise MediaError(f"{name}: its video codec is not known here")
             _check_size(video.codec_context.width, video.codec_context.height, video.frames, name)
             video.codec_context.options = limit
-            video.thread_type = "AUTO"
+            video.thread_type = "SLICE"  # threads over frames make libav crash on damaged VP9
             yield container, video
     except av.error.EOFError as error:
         raise MediaError(f"{name}: {EMPTY}") from error
