@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from openm3.train.recipes.nano import compare, recipe
 from openm3.train.recipes.nano import evaluate as examination
-from openm3.train.recipes.nano import recipe
 from openm3.train.recipes.nano.tasks import exams
 
 
@@ -130,3 +130,80 @@ def test_the_compared_runs_see_equally_many_tokens():
     assert abs(pieces[0] - pieces[1]) <= 1
     with pytest.raises(ValueError, match="huge"):
         recipe.plan("huge")
+
+
+def tiny_model(seed=0, device="cpu"):
+    import dataclasses
+
+    import torch
+
+    from openm3.config import M3Config
+    from openm3.model import M3
+
+    torch.manual_seed(seed)
+    nano = M3Config.preset("nano")
+    text = dataclasses.replace(
+        nano.text, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, rotary_dim=4,
+        dense_intermediate_size=32, intermediate_size=16, shared_intermediate_size=16, sparse_layers=(False, True),
+        moe_layers=(False, True), sparse=dataclasses.replace(nano.text.sparse, index_dim=8),
+    )  # fmt: skip
+    vision = dataclasses.replace(nano.vision, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    return M3(dataclasses.replace(nano, text=text, vision=vision, projector_hidden_size=32), device=device)
+
+
+def test_recall_is_one_for_the_best_blocks_and_low_for_the_worst():
+    import torch
+
+    torch.manual_seed(0)
+    q, k = torch.randn(5, 4, 8), torch.randn(64, 2, 8)
+    rows = torch.tensor([63, 62, 60, 50, 45])
+    p = torch.einsum("nghd,mgd->ghnm", q.view(5, 2, 2, 8), k) * 8**-0.5
+    p = p.masked_fill(torch.arange(64)[None] > rows[:, None], -float("inf")).softmax(-1).mean(1)
+    mass = p.view(2, 5, 8, 8).sum(-1)
+    best = mass.topk(3, -1).indices.int()
+    assert compare.recall(q, k, rows, best, 8) == pytest.approx((1.0, 1.0))
+    worst = (-mass[:, :, :6]).topk(3, -1).indices.int()
+    block, score = compare.recall(q, k, rows, worst, 8)
+    assert 0 <= score < 0.6
+    assert block < 0.6
+    one = best.clone()
+    one[:, :, 1:] = -1
+    assert compare.recall(q, k, rows, one, 8)[0] == pytest.approx(1 / 3)
+
+
+def test_the_indexer_is_measured_in_every_sparse_layer():
+    found = compare.recalls(tiny_model(), "1K", documents=1, queries=16)
+    assert [layer["layer"] for layer in found] == [1]
+    assert 0 < found[0]["block_recall"] < 1
+    assert 0 < found[0]["score_recall"] <= 1
+
+
+def test_the_three_runs_train_resume_and_leave_checkpoints(tmp_path, monkeypatch):
+    import torch
+
+    from openm3.checkpoint import load_model
+
+    monkeypatch.setattr(recipe, "TOKENS", 2048)
+    monkeypatch.setattr(recipe, "fresh_model", tiny_model)
+    monkeypatch.setattr(recipe, "held_out_losses", lambda config: None)
+    original = recipe.plan
+
+    def small(name, steps=None):
+        plan = original(name, steps)
+        return recipe.replace(plan, config=recipe.replace(plan.config, workers=0, warmup_steps=1))
+
+    monkeypatch.setattr(recipe, "plan", small)
+    with pytest.raises(ValueError, match="train the run `full` first"):
+        recipe.run("cpt", runs_dir=tmp_path, steps=4, device="cpu")
+    recipe.run("full", runs_dir=tmp_path, steps=4, device="cpu", until=2)
+    with pytest.raises(ValueError, match="holds a run already"):
+        recipe.run("full", runs_dir=tmp_path, steps=4, device="cpu")
+    full = recipe.run("full", runs_dir=tmp_path, steps=4, device="cpu", resume=True)
+    cpt = recipe.run("cpt", runs_dir=tmp_path, steps=4, device="cpu")
+    pt = recipe.run("pt", runs_dir=tmp_path, steps=4, device="cpu", weights=tmp_path / "weights")
+    assert pt == tmp_path / "weights"
+    sparse = [any(load_model(path).config.text.sparse_layers) for path in (full, cpt, pt)]
+    assert sparse == [False, True, True]
+    assert (cpt / "tokenizer.json").exists()
+    before, after = load_model(tmp_path / "full" / recipe.BRANCH), load_model(cpt)
+    assert not torch.equal(before.embed.weight, after.embed.weight)

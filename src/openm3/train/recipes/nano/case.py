@@ -75,10 +75,9 @@ class Talk:
         self.expects: list[Expect | None] = []
 
     def ask(self, text: str, *media: dict[str, Any]) -> Talk:
-        parts = list(media)
-        parts.insert(self.rng.random() < 0.15 and len(parts), {"type": "text", "text": text})
-        if media and parts[0]["type"] != "text":
-            parts[-1] = {"type": "text", "text": "\n" + text}
+        roll = self.rng.random() if media else 1.0
+        part = {"type": "text", "text": "\n" + text if roll < 0.2 else text}
+        parts = [*media, part] if roll < 0.8 else [part, *media]
         self.messages.append({"role": "user", "content": parts if media else text})
         return self
 

@@ -170,12 +170,16 @@ def render(rng: random.Random, look: Look, things: list[Thing]) -> np.ndarray:
 
 
 def canvas_size(rng: random.Random, n: int) -> tuple[int, int]:
-    """Height and width for n objects: 56 to 140 pixels a side, sometimes up to 224."""
+    """Height and width for n objects: square, or one token wider than high; a number of tokens means one size only.
+
+    The tower's positions are relative and a plain background looks the same everywhere, so the decoder learns where a
+    token lies in the picture from its number in the row of tokens and from how many there are."""
     if rng.random() < 0.03:
-        return rng.choice((168, 196, 224)), rng.choice((168, 196, 224))
-    sides = (56, 84, 84, 112) if n == 1 else (84, 84, 112, 112, 140) if n <= 4 else (84, 112, 112, 140)
-    height = rng.choice(sides)
-    return (height, height) if rng.random() < 0.5 else (height, rng.choice(sides))
+        return (side := TILE * rng.randint(6, 8), side)
+    small = 2 if n == 1 and rng.random() < 0.3 else 3
+    height = rng.randint(small, 5 if n > 1 else 4)
+    width = height + (rng.random() < 0.35 and 2 < height < 5)
+    return height * TILE, width * TILE
 
 
 def scene(

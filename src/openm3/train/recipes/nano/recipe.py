@@ -94,7 +94,7 @@ def run(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = what.config if device != "cpu" else replace(what.config, precision="fp32")
     model = fresh_model(config.seed, device) if what.start is None else branched(Path(runs_dir) / what.start, device)
-    trainer = Trainer(model, what.source(), config, run_dir, evaluate=held_out_losses(device))
+    trainer = Trainer(model, what.source(), config, run_dir, evaluate=held_out_losses(config))
     kept = run_dir / BRANCH
     if what.stop_at is not None and not kept.exists():
         outcome = trainer.train(until=min(what.stop_at, until or what.stop_at), max_seconds=max_seconds)
@@ -104,7 +104,8 @@ def run(
     outcome = trainer.train(until=until, max_seconds=max_seconds)
     if outcome.reason != "done":
         return run_dir
-    return save(model, Path(weights) if weights else run_dir / "model")
+    final = model if config.attention == "msa" else without_index(model)
+    return save(final, Path(weights) if weights else run_dir / "model")
 
 
 def fresh_model(seed: int, device: str) -> M3:
@@ -127,6 +128,17 @@ def branched(directory: Path, device: str) -> M3:
     return load_model(directory / BRANCH, device=device, dtype=torch.float32)
 
 
+def without_index(model: M3) -> M3:
+    """The same network as one that attends densely in every layer, also when it answers."""
+    from openm3.model import M3
+
+    text = replace(model.config.text, sparse_layers=(False,) * model.config.text.num_hidden_layers)
+    dense = M3(replace(model.config, text=text), device=next(model.parameters()).device)
+    kept = dense.state_dict().keys()
+    dense.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
+    return dense
+
+
 def save(model: M3, directory: Path) -> Path:
     """A complete checkpoint in bf16: weights in shards, tokenizer, template."""
     import torch
@@ -138,7 +150,7 @@ def save(model: M3, directory: Path) -> Path:
     return directory
 
 
-def held_out_losses(device: str, batches: int = 2) -> Callable[[M3, int], dict[str, float]]:
+def held_out_losses(config: TrainConfig, batches: int = 2) -> Callable[[M3, int], dict[str, float]]:
     """An `evaluate` for the trainer: the mean loss over fixed held-out cases of each larger task, and of all."""
     from openm3.train.losses import mean_loss
 
@@ -150,7 +162,8 @@ def held_out_losses(device: str, batches: int = 2) -> Callable[[M3, int], dict[s
         for name, source in sets.items():
             if name not in made:
                 made[name] = [source.batch(i) for i in range(batches)]
-        losses = {name: mean_loss(model, made[name], autocast=device != "cpu") for name in sets}
+        msa = "dense" if config.attention == "dense" else "infer"
+        losses = {name: mean_loss(model, made[name], msa=msa, autocast=config.precision == "bf16") for name in sets}
         return losses | {"loss": sum(losses.values()) / len(losses)}
 
     return evaluate
