@@ -239,12 +239,14 @@ def test_a_variable_rate_is_sampled_by_its_timestamps(container):
     assert len(shown) >= 18, "two a second, however few frames there are"
 
 
-def test_frames_that_an_edit_list_hides_do_not_count():
+def test_frames_that_an_edit_list_hides_do_not_count(monkeypatch):
+    taken = reads_all(monkeypatch)
     times = [(number - 7) * 100 for number in range(30)]
     muxer = {"avoid_negative_ts": "disabled"}
     video = load_video(encoded(30, pts=times, time_base=Fraction(1, 1000), muxer=muxer), VideoOptions(fps=4))
     assert video.total_frames == 23
     assert numbers_of(video.frames) == [7 + index for index in video.indices] == [7, 9, 12, 14, 17, 19, 22, 24, 27]
+    assert taken == []
 
 
 def test_only_the_runs_to_the_wanted_frames_are_decoded(monkeypatch):
