@@ -16,6 +16,10 @@ from openm3.engine.scheduler import Chunk, ScheduledBatch
 from openm3.model import M3, KVCache, plan_args
 from openm3.msa import Plan
 
+# On a CPU, a step of fewer multiply-adds than this (about 0.1 s of a core), of a model that a core reads in as long,
+# runs on one thread: it gains little from more, and loses a hundredfold where another process wants one of the cores.
+ONE_THREAD_STEP, ONE_THREAD_PARAMETERS = 1 << 32, 1 << 26
+
 
 class Runner:
     """Runs batches of `model`, with `num_pages` pages of cache beside it on its device, in its dtype."""
@@ -26,15 +30,27 @@ class Runner:
         self.device = weight.device
         self.cache = KVCache(model.config, num_pages, device=weight.device, dtype=weight.dtype)
         self._plan_args = plan_args(model.config)
+        self._parameters = sum(p.numel() for p in model.parameters())
         # The model reads these tokens, it does not write them: they stand for embeddings it would not have.
         self._unwritable = [t for t in (model.config.image_token_id, model.config.video_token_id) if t is not None]
         self._table = torch.empty(0, 0, dtype=torch.int32)
         self._table_of: list[tuple[list[int], int]] = []  # the page lists in the table, and how much of each
 
-    @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> Tensor:
         """Computes the batch's tokens into their pages; float32 logits [len(batch.sampling), V] of the last ones."""
-        chunks = batch.chunks
+        tokens = sum(chunk.end - chunk.start for chunk in batch.chunks)
+        small = self._parameters <= ONE_THREAD_PARAMETERS and self._parameters * tokens <= ONE_THREAD_STEP
+        threads = torch.get_num_threads()
+        if not small or threads == 1 or self.device.type != "cpu":
+            return self._run(batch.chunks)
+        torch.set_num_threads(1)
+        try:
+            return self._run(batch.chunks)
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def _run(self, chunks: list[Chunk]) -> Tensor:
         ids: list[int] = []
         offsets, last = [0], []
         for chunk in chunks:
