@@ -330,6 +330,11 @@ def test_lists_take_whatever_an_image_may_be(tmp_path):
     assert (video.indices, video.fps, video.seconds, video.total_frames) == (None, None, None, 4)
 
 
+def test_a_loaded_video_is_not_loaded_again():
+    video = load_video(encoded(20))
+    assert load_video(video) is video
+
+
 # What must be refused.
 
 
