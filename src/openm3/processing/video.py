@@ -82,7 +82,8 @@ def load_video(source: Any, options: VideoOptions | None = None, vision: VisionC
     """Samples a video from a path, bytes, `data:` URL or file object; GIF, WebP and PNG animations too.
 
     A sequence of frames (what `load_image` takes, uint8 arrays [H, W, 3], uint8 tensors [3, H, W]; or one array or
-    tensor of all) is kept whole, a loaded Video returned. Frames come back upright and resized for `video_pixels` under the same options.
+    tensor of all) is kept whole, a loaded Video returned. Frames come back upright, and resized for `video_pixels`
+    under the same options.
     Raises MediaError for what is no video, is damaged or cut off, holds no frame, or is over the limits.
     """
     if isinstance(source, Video):
