@@ -1,5 +1,6 @@
 """The examination, by models that know everything and nothing, and the recipe's schedule."""
 
+import dataclasses
 import json
 import random
 from dataclasses import dataclass, field
@@ -79,6 +80,15 @@ def test_rows_are_chosen_by_the_beginning_of_their_names():
         examination.evaluate(Unknowing(), ["juggling"], cases=1)
 
 
+def test_the_modes_of_arithmetic_are_compared():
+    row = examination.Row("", 0, 0, 0.0, 0.0, 0.0, None, 0)
+    rows = [dataclasses.replace(row, name=f"arithmetic, thinking {mode}", percent=percent)
+            for mode, percent in (("enabled", 98.0), ("disabled", 71.5), ("adaptive", 97.25))]  # fmt: skip
+    assert "adaptive is 0.75 points" in examination.summary(rows)
+    assert "disabled 26.50 points" in examination.summary(rows)
+    assert examination.summary(rows[:2]) == ""
+
+
 def test_all_three_modes_of_arithmetic_see_the_same_problems():
     rows = [exam for exam in exams() if exam.name.startswith("arithmetic")]
     for number in range(20):
@@ -133,8 +143,6 @@ def test_the_compared_runs_see_equally_many_tokens():
 
 
 def tiny_model(seed=0, device="cpu"):
-    import dataclasses
-
     import torch
 
     from openm3.config import M3Config

@@ -77,9 +77,9 @@ def digits_image(rng: random.Random, numbers: list[int]) -> np.ndarray:
     """The scans side by side on a canvas, uint8 [H, W, 3]."""
     n = len(numbers)
     height = rng.choice((56, 56, 84)) if n > 1 else rng.choice((56, 84))
-    size = rng.randint(28, 44)
+    size = rng.randint(32, 48)
     least = math.ceil(n * (size + 1) / TILE)
-    width = TILE * max(2, rng.randint(least, min(5, least + 1)))
+    width = TILE * max(2, rng.randint(least, min(6, least + 1)))
     look = Look.draw(rng, height, width)
     dark = sum(look.background) < 384
     colour = [rng.randint(200, 255) if dark else rng.randint(0, 55) for _ in range(3)]

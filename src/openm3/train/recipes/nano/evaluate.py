@@ -176,6 +176,16 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """How the three modes of arithmetic compare, on the same problems; empty where they were not all examined."""
+    percent = {row.name.rpartition(" ")[2]: row.percent for row in rows if row.name.startswith("arithmetic, thinking ")}
+    if len(percent) < 3:
+        return ""
+    adaptive, disabled = (percent["enabled"] - percent[mode] for mode in ("adaptive", "disabled"))
+    return (f"Arithmetic on the same problems: adaptive is {adaptive:.2f} points below enabled (at most 1 is asked), "
+            f"disabled {disabled:.2f} points.\n")  # fmt: skip
+
+
 def write(rows: Sequence[Row], path: Path, facts: dict[str, Any]) -> None:
     """Writes the results as JSON: `facts` (model, device, seed, seconds) and the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +199,7 @@ def write_table(rows: Sequence[Row], document: Path, device: str) -> None:
     begin, end = (text.find(mark) for mark in MARKS)
     if begin < 0 or end < begin:
         raise ValueError(f"{document}: must hold the lines {MARKS[0]} and {MARKS[1]}, the table goes between them")
-    middle = f"\n{table(rows)}\n\nMeasured on {device}.\n"
+    middle = f"\n{table(rows)}\n\n{summary(rows)}Measured on {device}.\n"
     document.write_text(text[: begin + len(MARKS[0])] + middle + text[end:])
 
 

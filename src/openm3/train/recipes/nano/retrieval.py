@@ -13,6 +13,7 @@ import re
 
 from openm3.train.recipes.nano import corpus
 from openm3.train.recipes.nano.case import Case, Talk, phrase
+from openm3.train.recipes.nano.tokenizer import load
 from openm3.train.recipes.nano.words import ADJECTIVES, CITIES, NAMES, NOUNS, made_up
 
 SIZES = {"1K": 1024, "4K": 4096, "8K": 8192}
@@ -33,8 +34,6 @@ LEADS = ("Read this text.", "Here is a document.", "Text:", "Read the document a
 @functools.cache
 def paragraphs(split: str) -> tuple[tuple[tuple[str, int], ...], ...]:
     """The real text, docstring by docstring: its paragraphs, each with its number of tokens."""
-    from openm3.train.recipes.nano.tokenizer import load
-
     docs = [[p for p in re.split(r"\n\s*\n", doc) if len(p) <= 900] for _, doc in corpus.docstrings(split)]
     flat = [p for doc in docs for p in doc]
     sizes = iter([len(e.ids) for e in load().encode_batch([p + "\n" for p in flat])])
@@ -66,7 +65,7 @@ def state(fact: tuple[str, str, str]) -> str:
 def document(rng: random.Random, split: str, tokens: int, sentences: list[str]) -> str:
     """Real text of about `tokens` tokens in all, with the sentences at random places between its paragraphs."""
     pool = paragraphs(split)
-    left = tokens - 14 * len(sentences)
+    left = tokens - len(load().encode("\n".join(sentences)).ids)
     pieces: list[str] = []
     while left > 20:
         doc = rng.choice(pool)
