@@ -215,3 +215,18 @@ def test_the_three_runs_train_resume_and_leave_checkpoints(tmp_path, monkeypatch
     assert (cpt / "tokenizer.json").exists()
     before, after = load_model(tmp_path / "full" / recipe.BRANCH), load_model(cpt)
     assert not torch.equal(before.embed.weight, after.embed.weight)
+
+
+def test_a_real_engine_sits_the_examination():
+    import torch
+
+    from openm3.engine import LLM
+    from openm3.processing import Processor
+    from openm3.train.recipes.nano.tokenizer import FILE
+
+    torch.manual_seed(0)
+    model = tiny_model().eval()
+    llm = LLM.from_model(model, Processor.from_pretrained(FILE.parent, model.config), cache_tokens=20_000)
+    rows = examination.evaluate(llm, ["picture: s", "clip: d", "adaptive", "dialogue"], cases=1, progress=False)
+    assert [row.total for row in rows] == [1, 1, 1, 1, 3, 1]
+    assert "CPU" in examination.device_name(llm)
