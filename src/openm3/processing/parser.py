@@ -283,7 +283,7 @@ class OutputParser:
 class _Call:
     """One call while it is read: a stack of open elements, the invoke itself at the bottom.
 
-    An element without a name stands for an NS without a tag: the closing tag that follows names it, or its text belongs
+    An element without a name stands for an NS without a tag: the closing tag that follows names it, or its parts belong
     to the element around it.
     """
 
@@ -324,9 +324,10 @@ class _Call:
         top = self._stack[-1]
         if top.name == name:
             return self._pop(top) if len(self._stack) > 1 else self._finish()
-        if not top.name and self._stack[-2].name == name:
-            return self._text_with_ns(top) and self._close(name)
-        if name == "tool_call" or any(element.name == name for element in self._stack):
+        is_open = any(element.name == name for element in self._stack)
+        if not top.name and is_open:
+            return self._absorb(top) and self._close(name)
+        if name == "tool_call" or is_open:
             return False  # something inside was never closed
         if not top.name:
             return self._pop(Element(name, _unopened(name, top) or top.parts))
@@ -340,14 +341,15 @@ class _Call:
         self._stack[-1].parts.append(element)
         return True
 
-    def _text_with_ns(self, top: Element) -> bool:
-        """An NS inside a text: `a NS b` in an element that holds nothing else. Not right under invoke."""
+    def _absorb(self, top: Element) -> bool:
+        """An NS without a tag that nothing names: text where it stands inside a text, else noise."""
         around = self._stack[-2]
-        if len(self._stack) == 2 or top.children or around.children:
-            return False
+        text, before = top.text.strip(), around.text.strip()
+        if text and (len(self._stack) == 2 or top.children or around.children):
+            return False  # perhaps a value without its tags
         self._stack.pop()
         self._tags.pop()
-        around.parts += [NS, *top.parts]
+        around.parts += [NS, *top.parts] if text and before else top.parts
         return True
 
     def _take_last_text(self, name: str, top: Element) -> bool:

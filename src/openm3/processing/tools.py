@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-MAX_DEPTH = 64  # of elements in a call and of steps through a schema's references
+MAX_DEPTH = 64  # of elements in a call
 MAX_FORMS = 64  # alternatives of one schema that are looked at
+MAX_STEPS = 256  # subschemas visited to find them
 
 
 class ToolError(ValueError):
@@ -140,27 +141,25 @@ def child_schema(schema: Any, root: Any, name: str) -> Any:
     return next((schema for schema in extra if isinstance(schema, dict)), {})
 
 
-def _forms(schema: Any, root: Any, path: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def _forms(
+    schema: Any, root: Any, path: tuple[str, ...] = (), budget: Iterator[int] | None = None
+) -> list[dict[str, Any]]:
     """What a schema allows, as plain alternatives: references followed, anyOf and oneOf opened, allOf merged.
 
-    At most MAX_FORMS, and no reference inside itself: a schema comes from outside.
+    At most MAX_FORMS, in at most MAX_STEPS, and no reference inside itself: a schema comes from outside.
     """
-    if not isinstance(schema, dict) or len(path) > MAX_DEPTH:
+    budget = iter(range(MAX_STEPS)) if budget is None else budget
+    if not isinstance(schema, dict) or next(budget, None) is None:
         return []
     properties = schema.get("properties")
     forms = [schema | {"properties": properties if isinstance(properties, dict) else {}}]
+    groups = [[part] for part in _list(schema.get("allOf"))] + [_list(schema.get(key)) for key in ("anyOf", "oneOf")]
     reference = schema.get("$ref")
-    groups = [[option] for option in _list(schema.get("allOf"))] + [
-        _list(schema.get(key)) for key in ("anyOf", "oneOf")
-    ]
-    if isinstance(reference, str) and reference not in path:
+    if isinstance(reference, str) and reference.startswith("#") and reference not in path:
         groups.append([_follow(reference, root)])
         path = (*path, reference)
-    elif not any(groups):
-        return forms
-    path = (*path, "")  # one level deeper
-    for group in groups:
-        options = [form for option in group[:MAX_FORMS] for form in _forms(option, root, path)]
+    for group in filter(None, groups):
+        options = [form for option in group for form in _forms(option, root, path, budget)][:MAX_FORMS]
         forms = [_merged(form, option) for form in forms for option in options][:MAX_FORMS] or forms
     return forms
 
@@ -171,7 +170,7 @@ def _merged(form: dict[str, Any], option: dict[str, Any]) -> dict[str, Any]:
 
 def _follow(reference: str, root: Any) -> Any:
     node = root
-    for step in reference.removeprefix("#").split("/")[1:]:
+    for step in reference.split("/")[1:]:
         key = step.replace("~1", "/").replace("~0", "~")
         node = node.get(key) if isinstance(node, dict) else None
     return node
@@ -266,7 +265,7 @@ def _leaf(text: str, forms: list[dict[str, Any]], types: set[str], schema: Any, 
     if not types:
         return value if known and not fixed else text
     if not bare:
-        return "" if "string" in types else [] if "array" in types else {} if "object" in types else text
+        return text if "string" in types else [] if "array" in types else {} if "object" in types else text
     if known and _fits(value, types):
         return int(value) if isinstance(value, float) and "number" not in types else value
     if "boolean" in types and bare.lower() in ("true", "false"):
