@@ -155,6 +155,51 @@ def download(
     print(download(repo, revision=revision, local_dir=to))
 
 
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="What to train: nano, the bundled model.")],
+    run: Annotated[str, typer.Option(help="bundled, or one of the compared runs: pt, full, cpt.")] = "bundled",
+    runs_dir: Annotated[Path, typer.Option(help="Where runs keep their state and metrics.")] = Path("runs/nano"),
+    steps: Annotated[int | None, typer.Option(help="A schedule of this many steps instead of the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
+    until: Annotated[int | None, typer.Option(help="Stop after this step; the run can be resumed.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Stop after this time; the run can be resumed.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The finished checkpoint; else RUNS_DIR/RUN/model.")] = None,
+    device: Device = None,
+) -> None:
+    """Train the bundled model from nothing, by its recipe."""
+    _known("train", recipe, "nano")
+    from openm3.train.recipes.nano import recipe as nano
+
+    print(nano.run(run, runs_dir=runs_dir, steps=steps, resume=resume, device=device, until=until,
+                   max_seconds=max_seconds, weights=weights))  # fmt: skip
+
+
+@app.command("eval")
+def evaluate(
+    what: Annotated[str, typer.Argument(help="nano: the examination; comparison: the runs full, pt and cpt.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The model to examine.")] = "openm3-nano",
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A row's name, or its beginning; may be repeated.")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Held-out cases a task.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the cases.")] = 0,
+    write: Annotated[Path | None, typer.Option(metavar="DIR", help="Write nano.json and the table of nano.md.")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="Where the compared runs are.")] = Path("runs/nano"),
+) -> None:
+    """Examine a model on held-out cases: each figure with its 95 % interval."""
+    _known("eval", what, "nano", "comparison")
+    if what == "comparison":
+        from openm3.train.recipes.nano.compare import compare
+
+        compare(runs_dir, write or runs_dir, cases=cases, seed=seed)
+        return
+    from openm3.train.recipes.nano.evaluate import run
+
+    results, document = (write / "nano.json", write / "nano.md") if write else (None, None)
+    run(model, tasks=task, cases=cases, seed=seed, results=results, document=document)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(
     context: typer.Context,
@@ -172,6 +217,11 @@ def bench(
         raise ValueError(f"bench {name}: must be one of {', '.join(found) or 'none (they are part of the checkout)'}")
     sys.argv = [str(found[name]), *context.args]
     runpy.run_path(str(found[name]), run_name="__main__")
+
+
+def _known(command: str, given: str, *names: str) -> None:
+    if given not in names:
+        raise ValueError(f"{command} {given}: must be {' or '.join(names)}")
 
 
 def _load(model: str, device: str | None) -> LLM:
