@@ -228,6 +228,8 @@ NO_CALLS = {
     "a call without a name": "§<tool_call>§<invoke>§<city>x§</city>§</invoke>§</tool_call>",
     "a call with an empty name": made("", "§<city>x§</city>"),
     "a wrong closing tag": weather("§<city>x§</town>"),
+    "a wrong closing tag after an unknown one": weather("§<b>x§</town>"),
+    "a value whose block ends before its call": weather("§Paris§</tool_call>"),
     "a parameter that never ends": weather("§<city>x"),
     "a call that never ends": '§<tool_call>§<invoke name="get_weather">§<city>x§</city>§</tool_call>',
     "a value without tags": weather("Paris"),

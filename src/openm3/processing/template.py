@@ -8,6 +8,7 @@ that you do not trust in a process with limits.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, guard: Callable[[str], str] = str, name: str = "chat_template.jinja",
                  max_chars: int = MAX_PROMPT_CHARS) -> None:  # fmt: skip
         """guard: what makes JSON that the template writes safe to tokenize (Tokenizer.guard). Raises TemplateError."""
+        self._made_from = functools.partial(type(self), source, guard=guard, name=name, max_chars=max_chars)
         self._name, self._max_chars = name, max_chars
         if len(source) > MAX_TEMPLATE_CHARS:
             raise TemplateError(f"{name}: {len(source)} characters; a template has at most {MAX_TEMPLATE_CHARS}")
@@ -47,6 +49,9 @@ class ChatTemplate:
             raise TemplateError(f"{path}: no such file; a model's directory holds it") from None
         except (OSError, UnicodeDecodeError) as error:
             raise TemplateError(f"{path}: cannot be read ({_line(error)})") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._made_from, ()
 
     def render(self, **variables: Any) -> str:
         """The template's text. Whatever goes wrong inside is one TemplateError with one line."""
