@@ -104,10 +104,12 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer one prompt, for scripts: the answer on stdout, thinking on stderr, a tool call as a line of JSON."""
+    from openm3.checkpoint import resolve
     from openm3.engine import SamplingParams
 
     if raw and (image or video or tools):
         raise ValueError("--raw continues a plain text: --image, --video and --tools need the chat format")
+    resolve(model)  # a wrong name is told before anything slow
     text = _prompt(prompt)
     schemas = _read_tools(tools)
     params = SamplingParams(temperature, top_p, top_k, seed, tuple(stop or ()), max_tokens)
