@@ -182,6 +182,7 @@ def test_the_attention_stage_follows_the_step():
         ({"momentum": 1.0}, "momentum = 1.0: must be a number, at least 0 and under 1"),
         ({"index_queries": 0}, "index_queries = 0"),
         ({"compile": "yes"}, "compile"),
+        ({"compile": True}, "compile = True: needs precision bf16"),
     ],
 )
 def test_impossible_configs_name_the_field_and_what_is_allowed(values, message):

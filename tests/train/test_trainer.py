@@ -304,3 +304,29 @@ def test_errors_of_the_data_reach_the_caller(tmp_path):
         Trainer(tiny_model(), BrokenSource(bad=2), train_config(workers=1), tmp_path / "a").train()
     with pytest.raises(DataError, match="a batch of 208 tokens at step 0: more than tokens_per_batch = 100"):
         Trainer(tiny_model(), CopySource(), train_config(tokens_per_batch=100), tmp_path / "b").train()
+
+
+def test_the_guide_s_example_runs_as_written(tmp_path):
+    guide = Path(__file__).parents[2] / "docs" / "training.md"
+    (code,) = [part.split("```")[0] for part in guide.read_text(encoding="utf-8").split("```python\n")[1:]]
+    assert code.count("steps=300") == 1
+    (tmp_path / "guide.py").write_text(code.replace("steps=300", "steps=21"))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "guide.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Outcome(step=21, reason='done')" in done.stdout
+    assert (tmp_path / "runs" / "repeats" / "plot.png").stat().st_size > 10_000
+    assert (tmp_path / "runs" / "repeats" / "model" / "config.json").is_file()
+
+
+@pytest.mark.soak
+@pytest.mark.skipif("'soak' not in config.getoption('markexpr')", reason="run by make soak")
+def test_compiled_layers_train_like_plain_ones(tmp_path):
+    """Compiling takes a minute on two cores. Batches differ in length, and must not compile anew."""
+    for compiled in (False, True):
+        config = train_config(steps=12, precision="bf16", compile=compiled, warmup_msa_steps=4)
+        Trainer(tiny_model(), CopySource(), config, tmp_path / str(compiled)).train()
+    plain, fast = record(tmp_path / "False"), record(tmp_path / "True")
+    for a, b in zip(plain, fast):
+        assert a["loss"] == pytest.approx(b["loss"], abs=0.03)  # other fusions round bfloat16 elsewhere

@@ -38,16 +38,16 @@ def plot_run(run_dirs: list[Path | str], out_png: Path | str) -> None:
         axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
         axis.grid(alpha=0.25)
     for i, run_dir in enumerate(run_dirs):
-        records = read_metrics(run_dir)
+        records, label = read_metrics(run_dir), Path(run_dir).name
         rows = [row for row in records if "loss" in row]
         if not rows:
             raise PlotError(f"{run_dir}: no steps recorded yet")
         for (_, names, _), axis in zip(PANELS, axes):
             for name in names:
-                _draw(axis, rows, name, f"C{i}", Path(run_dir).name if name == names[0] else None)
+                _draw(axis, rows, name, f"C{i}", label if name == names[0] else None)
         held_out = [(row["step"], row["eval"]["loss"]) for row in records if "loss" in row.get("eval", {})]
         if held_out:
-            axes[0].plot(*zip(*held_out), "o", color=f"C{i}", markeredgecolor="black", label="held out")
+            axes[0].plot(*zip(*held_out), "o", color=f"C{i}", markeredgecolor="black", label=f"{label}, held out")
         switch = next((b["step"] for a, b in pairwise(rows) if a["stage"] == "warmup" != b["stage"]), None)
         if switch is not None:
             for axis in axes[:2]:
@@ -67,7 +67,8 @@ def _draw(axis, rows: list[dict[str, Any]], name: str, color: str, label: str | 
         return
     steps, values = zip(*points)
     axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
-    axis.plot(steps, smoothed(values, len(values) // 50), color=color, linewidth=1.7, label=label)
+    reach = 0 if name == "lr" else len(values) // 50
+    axis.plot(steps, smoothed(values, reach), color=color, linewidth=1.7, label=label)
 
 
 def smoothed(values: tuple[float, ...] | list[float], reach: int) -> list[float]:

@@ -31,6 +31,7 @@ class TrainConfig:
       "cosine" rises, then falls. Both end at lr * min_lr_ratio.
     clip: the largest global gradient norm, of the network and of the index branch separately.
     precision: "bf16" computes under autocast, with weights and optimizer in float32.
+    compile: the decoder layers through torch.compile (bf16 only).
     attention: "msa": dense with the index loss over the whole prefix for the first warmup_msa_steps, then selected
       blocks; "dense": never selects, never trains the index branch.
     index_queries: positions of a batch that the index loss looks at, drawn by seed; None: all.
@@ -79,6 +80,8 @@ class TrainConfig:
                 self._refuse(name, f"must be one of {', '.join(allowed)}")
         if not isinstance(self.compile, bool):
             self._refuse("compile", "must be true or false")
+        if self.compile and self.precision != "bf16":
+            self._refuse("compile", "needs precision bf16: torch compiles no grouped product in float32")
         object.__setattr__(self, "betas", tuple(self.betas))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             self._refuse("betas", "must be two numbers of at least 0 and under 1")
