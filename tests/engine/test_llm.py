@@ -112,6 +112,32 @@ def test_a_chat_result_is_its_stream_put_together(llm):
         assert result.prompt_tokens == end.prompt_tokens > 1
 
 
+def test_without_a_seed_every_answer_is_another(llm):
+    params = SamplingParams(temperature=1.0, max_tokens=20)
+    assert len({llm.generate("once upon", params)[0].text for _ in range(3)}) == 3
+
+
+def test_a_picture_and_a_clip_in_one_chat_are_seen_as_the_plain_model_sees_them(llm):
+    frames = [Image.new("RGB", (56, 56), (40 * i, 200 - 40 * i, 90)) for i in range(4)]
+    parts = [{"type": "video", "video": frames}, *picture()[0]["content"], {"type": "video", "video": frames[::-1]}]
+    prompt = llm.processor.prepare([{"role": "user", "content": parts}])
+    joined = [
+        (torch.cat([m.pixels for m in media]), torch.cat([m.grid_thw for m in media]))
+        for media in (prompt.images, prompt.videos)
+    ]
+    with torch.inference_mode():
+        (images, image_grid), (videos, video_grid) = joined
+        hidden = llm.model(torch.tensor(prompt.input_ids), pixel_values=images, image_grid_thw=image_grid,
+                           pixel_values_videos=videos, video_grid_thw=video_grid).hidden  # fmt: skip
+        logits = llm.model.logits(hidden[-1:])
+        logits[:, [llm.config.image_token_id, llm.config.video_token_id]] = -torch.inf
+    seen = []
+    run = llm.engine.runner.run
+    llm.engine.runner.run = lambda batch: seen.append(run(batch)) or seen[-1]
+    llm.chat([{"role": "user", "content": parts}], SamplingParams(temperature=0, max_tokens=1))
+    assert torch.allclose(seen[-1], logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_batch_of_chats_is_each_alone(llm):
     conversations = [HELLO, picture(), picture("blue", (84, 140)), [{"role": "user", "content": "long " * 60}]]
     modes = ["adaptive", "enabled", "disabled", "enabled"]
