@@ -36,15 +36,19 @@ def test_mean_loss_weighs_targets_equally_over_uneven_batches():
     assert mean_loss(model, batches) == pytest.approx((2 * each[0] + 19 * each[1]) / 21, rel=1e-5)
 
 
-def test_sampled_queries_are_distinct_positions_fixed_by_seed_and_index():
-    queries = sample_queries(1, 2, 100, 30)
-    assert torch.equal(queries, sample_queries(1, 2, 100, 30))
-    assert not torch.equal(queries, sample_queries(1, 3, 100, 30))
+def test_sampled_queries_are_distinct_positions_fixed_by_seed_and_index_half_of_them_with_a_target():
+    batch = CopySource().batch(0)
+    queries = sample_queries(1, 2, batch, 30)
+    assert torch.equal(queries, sample_queries(1, 2, batch, 30))
+    assert not torch.equal(queries, sample_queries(1, 3, batch, 30))
     assert queries.tolist() == sorted(set(queries.tolist()))
     assert len(queries) == 30
-    assert 0 <= queries[0] <= queries[-1] < 100
-    assert sample_queries(1, 2, 30, 30) is None
-    assert sample_queries(1, 2, 30, None) is None
+    assert 0 <= queries[0] <= queries[-1] < batch.tokens
+    assert len(set(queries.tolist()) & set(batch.loss_positions.tolist())) >= 15
+    assert sample_queries(1, 2, batch, batch.tokens) is None
+    assert sample_queries(1, 2, batch, None) is None
+    silent = pack([Sample([1] * 50, [False] * 50)], 50)
+    assert len(sample_queries(1, 2, silent, 30)) == 30
 
 
 def test_balancing_raises_the_idle_experts_and_lowers_the_busy_ones():
