@@ -123,6 +123,11 @@ class Program:
     def send(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
+    def press(self, key: str) -> None:
+        """A key after a moment's pause: readline overlooks a signal that comes while it still draws."""
+        time.sleep(0.2)
+        self.send(key)
+
     def line(self, text: str) -> None:
         self.send(text + "\r")
 
@@ -134,6 +139,13 @@ class Program:
                 raise AssertionError(f"no {text!r} on the screen:\n{self.screen.text}")
         self.seen = found + len(text)
         return self.screen.text[: self.seen]
+
+    def expect_more(self, characters: int, seconds: float = 60.0) -> None:
+        """Waits until so much text, whatever it is, stands below what was expected before."""
+        end = time.monotonic() + seconds
+        while len(self.screen.text[self.seen :].strip()) < characters:
+            if not self._read(end - time.monotonic()):
+                raise AssertionError(f"the answer does not grow:\n{self.screen.text}")
 
     def leave(self, seconds: float = 60.0) -> int:
         """Reads on until the program ends; its exit code."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from screen import Program
 
 PICTURE = Path(__file__).parent.parent / "golden" / "processor" / "image1.png"
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -59,7 +62,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(standin):
     chat = standin()
     chat.line("for ever")
     chat.expect("and on and on")
-    chat.send(CTRL_C)
+    chat.press(CTRL_C)
     chat.expect("stopped")
     chat.line("still there?")
     shown = chat.expect("closed: 1")  # the stream was closed: its request is cancelled
@@ -72,15 +75,15 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_leaves(standin):
     chat.expect("❯")
     chat.send("half a line")
     chat.expect("half a line")
-    chat.send(CTRL_C)
+    chat.press(CTRL_C)
     chat.expect("Ctrl-C again, or Ctrl-D, leaves")
     chat.line("hello")
     chat.expect("1 'hello'")
     chat.expect("❯")
-    chat.send(CTRL_C)
+    chat.press(CTRL_C)
     chat.expect("Ctrl-C again")
     chat.expect("❯")
-    chat.send(CTRL_C)
+    chat.press(CTRL_C)
     assert chat.leave() == 0
 
 
@@ -218,3 +221,31 @@ def test_without_a_terminal_it_streams_plain_text(tmp_path):
     assert run.returncode == 0
     assert run.stdout == "**1** 'hello' [] adaptive\n\nclosed: 0\n**3** 'bye' [] disabled\n\nclosed: 1\n"
     assert run.stderr == ""
+
+
+def test_the_real_model_answers_stops_and_goes_on(random_nano, tmp_path):
+    """The whole way through the engine: an answer is stopped, its pages are free again, a picture follows."""
+    env = os.environ | {"HOME": str(tmp_path), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "openm3.cli", "chat", str(random_nano), "--thinking", "disabled", "--seed", "1"]
+    chat = Program(command, env, str(tmp_path), height=40)
+    try:
+        assert "nano · " in chat.expect("❯")
+        chat.line("hello")
+        chat.expect("hello\n")
+        chat.expect_more(60)  # in the middle of an answer that would fill the context
+        chat.press(CTRL_C)
+        chat.expect("stopped")
+        chat.line("/reset")
+        chat.expect("starting over")
+        chat.line(f"/image {PICTURE}")
+        chat.expect("image: image1.png")
+        chat.line("what is it?")
+        chat.expect("what is it?\n")
+        chat.expect_more(60)
+        chat.press(CTRL_C)
+        chat.expect("stopped")
+        chat.line("/quit")
+        assert chat.leave() == 0
+        assert "Traceback" not in chat.screen.text
+    finally:
+        chat.close()

@@ -10,6 +10,7 @@ import difflib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,8 +296,9 @@ class Chat:
     def _loaded(self, llm: LLM | None) -> None:
         """On the model's thread: adds the device to the banner, or wakes the prompt to tell what went wrong."""
         if llm is None:
-            if self._reading and hasattr(signal, "pthread_kill"):
+            while self._reading and hasattr(signal, "pthread_kill"):  # readline may miss one signal, not two
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.5)
             return
         device, used = f" · {llm.model.embed.weight.device}", len(self.name) + len(self.about) + 3
         typing = self._reading and self.editor.terminal and len(self.editor.typed()) + 4 < self.console.width
