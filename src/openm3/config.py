@@ -414,14 +414,14 @@ def _nano() -> M3Config:
     layers = (False,) * 2 + (True,) * 6
     text = TextConfig(
         vocab_size=3072, hidden_size=320, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-        head_dim=64, rotary_dim=32, dense_intermediate_size=832, intermediate_size=144, shared_intermediate_size=144,
+        head_dim=64, rotary_dim=32, dense_intermediate_size=800, intermediate_size=128, shared_intermediate_size=256,
         num_local_experts=8, num_experts_per_tok=2, sparse_layers=layers, moe_layers=layers,
-        sparse=SparseConfig(index_heads=2, index_dim=32, block_size=32, topk_blocks=16),
+        sparse=SparseConfig(index_heads=2, index_dim=64, block_size=32, topk_blocks=16),
         rope_theta=1e5, max_position_embeddings=12288, tie_word_embeddings=True,
         pad_token_id=NANO_SPECIALS["]!p~["], bos_token_id=NANO_SPECIALS["]~!b["], eos_token_id=NANO_SPECIALS["[e~["],
     )  # fmt: skip
     vision = VisionConfig(
-        hidden_size=192, intermediate_size=608, num_hidden_layers=4, num_attention_heads=4, image_size=336
+        hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4, image_size=336
     )
     return M3Config(
         text=text, vision=vision, projector_hidden_size=320,

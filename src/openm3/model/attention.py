@@ -47,31 +47,28 @@ class Attention(nn.Module):
             self.index_q_norm = RMSNorm(di, config.rms_norm_eps, **factory)
             self.index_k_norm = RMSNorm(di, config.rms_norm_eps, **factory)
 
-    def forward(self, x: Tensor, step: Step, cache: LayerCache | None) -> tuple[Tensor, Tensor | None]:
-        """[T, H] -> [T, H] and this layer's index loss (stages "train" and "warmup")."""
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, index: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """[T, H] -> q [T, Hq, D], k and v [T, Hkv, D], index queries [T, Hi, Di] and keys [T, Di] (or None).
+
+        The index branch never sends a gradient into x.
+        """
         sizes = (self.q_heads, self.kv_heads, self.kv_heads)
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(sizes, dim=1)  # [T, Hq | Hkv, D]
-        q = apply_rope(self.q_norm(q), step.cos, step.sin)
-        k = apply_rope(self.k_norm(k), step.cos, step.sin)
-        v = v.to(q.dtype)
-        index_q = index_k = None
-        if self.index_heads and step.stage != "dense":
-            index_q, index_k = self._index(x, step)
-        out, loss = self._attend(q, k, v, index_q, index_k, step, cache)
-        return self.o_proj(out.flatten(1)), loss
-
-    def _index(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The index branch: [T, Hi, Di] queries and [T, Di] keys. It never sends a gradient into x."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(sizes, dim=1)
+        q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        if not (self.index_heads and index):
+            return q, k, v, None, None
         heads = self.index_proj(x.detach()).unflatten(-1, (self.index_heads + 1, -1))
-        q = apply_rope(self.index_q_norm(heads[:, :-1]), step.cos, step.sin)
-        k = apply_rope(self.index_k_norm(heads[:, -1:]), step.cos, step.sin)
-        return q, k.squeeze(1)
+        index_q = apply_rope(self.index_q_norm(heads[:, :-1]), cos, sin)
+        index_k = apply_rope(self.index_k_norm(heads[:, -1:]), cos, sin).squeeze(1)
+        return q, k, v, index_q, index_k
 
-    @torch.compiler.disable  # the operator is planned on the host; what is around it compiles
-    def _attend(
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor | None, index_k: Tensor | None, step: Step,
         cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """[T, Hq, D] attended, and this layer's index loss in the stages "train" and "warmup"."""
         with torch.autocast(q.device.type, enabled=False):
             if cache is not None:
                 cache.store(step.slots, k, v, index_k)

@@ -19,6 +19,7 @@ from openm3.model.layers import RMSNorm, rope_angles
 from openm3.model.text import DecoderLayer
 from openm3.model.vision import Grid, Projector, VisionTower
 from openm3.msa import Plan
+from openm3.msa.plan import to_device
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ class M3(nn.Module):
         videos = check_grid("video", pixel_values_videos, video_grid_thw, self.config)
         where = self._places(input_ids, images, videos, media_embeds)
 
-        x = self.embed(input_ids.to(self.device, non_blocking=True))
+        x = self.embed(to_device(input_ids, self.device))
         for rows, media in zip(where, self._media(pixel_values, images, pixel_values_videos, videos, media_embeds)):
-            x = x.index_copy(0, rows.to(x.device, non_blocking=True), media.to(x.device, x.dtype))
+            x = x.index_copy(0, to_device(rows, x.device), media.to(x.device, x.dtype))
 
         cos, sin = rope_angles(plan.positions, self.config.text.rotary_dim, self.config.text.rope_theta)
         step = Step(plan, cos, sin, msa, None if cache is None else plan.slots, index_queries)
@@ -140,7 +141,7 @@ class M3(nn.Module):
         return self._encode(pixel_values, check_grid("media", pixel_values, grid_thw, self.config))
 
     def _encode(self, pixel_values: Tensor, grid: Grid) -> Tensor:
-        return self.projector(self.vision(pixel_values.to(self.device, non_blocking=True), grid))
+        return self.projector(self.vision(to_device(pixel_values, self.device), grid))
 
     def _media(
         self, images: Tensor | None, image_grid: Grid, videos: Tensor | None, video_grid: Grid, ready: Tensor | None

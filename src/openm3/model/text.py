@@ -30,9 +30,21 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, step: Step, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         """[T, H] -> [T, H], the index loss, and the router's (load, balance loss)."""
-        attended, index_loss = self.attn(self.attn_norm(x), step, cache)
-        x = x + attended
+        q, k, v, index_q, index_k = self.before(x, step.cos, step.sin, step.stage != "dense")
+        attended, index_loss = self.attn.attend(q, k, v, index_q, index_k, step, cache)
+        x, router = self.after(x, attended)
+        return x, index_loss, router
+
+    def before(
+        self, x: Tensor, cos: Tensor, sin: Tensor, index: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What leads to attention: tensors in, tensors out, so that it compiles as one piece."""
+        return self.attn.project(self.attn_norm(x), cos, sin, index)
+
+    def after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What follows attention: [T, H] and [T, Hq, D] -> [T, H] and the router's (load, balance loss)."""
+        x = x + self.attn.o_proj(attended.flatten(1))
         if isinstance(self.mlp, MLP):
-            return x + self.mlp(self.mlp_norm(x)), index_loss, None
+            return x + self.mlp(self.mlp_norm(x)), None
         out, load, aux = self.mlp(self.mlp_norm(x))
-        return x + out, index_loss, (load, aux)
+        return x + out, (load, aux)

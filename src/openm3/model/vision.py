@@ -11,10 +11,14 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openm3.config import M3Config, VisionConfig
 from openm3.model.layers import apply_rope
+from openm3.msa.plan import to_device
 
+# All but cuDNN, which builds a plan for every new number of entries.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Grid = tuple[tuple[int, int, int], ...]
 Groups = list[tuple[int, int]]  # (entries, rows of each), one after the other
 
@@ -37,8 +41,8 @@ def vision_rope(grid: Grid, config: VisionConfig, device: torch.device) -> tuple
     """cos and sin float32 [rows, 3 * (head_dim // 3 // 2)]: the angles of t, h and w side by side, one set of frequencies."""
     each = 2 * ((config.head_dim // 3) // 2)
     exponent = torch.arange(0, each, 2).float() / each
-    frequencies = (1.0 / config.rope_theta**exponent).to(device)
-    where = torch.cat([_coordinates(*entry, config.spatial_merge_size) for entry in grid]).to(device, non_blocking=True)
+    frequencies = to_device(1.0 / config.rope_theta**exponent, device)
+    where = to_device(torch.cat([_coordinates(*entry, config.spatial_merge_size) for entry in grid]), device)
     angles = (where[..., None] * frequencies).flatten(1)
     return angles.cos(), angles.sin()
 
@@ -58,7 +62,8 @@ class VisionAttention(nn.Module):
         for entries, length in groups:
             rows = slice(start, start + entries * length)
             batch = [y[rows].unflatten(0, (entries, length)).transpose(1, 2) for y in (q, k, v)]
-            outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+            with sdpa_kernel(KERNELS):
+                outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
             start = rows.stop
         return self.out(torch.cat(outs).flatten(1))
 
@@ -102,7 +107,7 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: Tensor, grid: Grid) -> Tensor:
         order, groups = _by_length(grid)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        order, back = (rows.to(pixel_values.device, non_blocking=True) for rows in (order, back))
+        order, back = (to_device(rows, pixel_values.device) for rows in (order, back))
         x = self.pre_norm(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)))[order]
         cos, sin = (angles[order] for angles in vision_rope(grid, self.config, x.device))
         for layer in self.layers:

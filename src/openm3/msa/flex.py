@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.msa.plan import Plan
+from openm3.msa.plan import Plan, to_device
 
 TILE = 128
 
@@ -49,8 +49,8 @@ _layouts: WeakKeyDictionary[Plan, _Layout] = WeakKeyDictionary()
 
 
 def _padded(n: int) -> int:
-    """The next power of two up to 8192, then multiples of 8192; at least a tile."""
-    return max(TILE, 1 << (n - 1).bit_length()) if n <= 8192 else -(-n // 8192) * 8192
+    """The next power of two, at least a tile."""
+    return max(TILE, 1 << (n - 1).bit_length())
 
 
 def _layout(plan: Plan) -> _Layout:
@@ -60,7 +60,7 @@ def _layout(plan: Plan) -> _Layout:
     lens = torch.tensor(plan.lens_k)
     k_seq = torch.repeat_interleave(torch.arange(len(lens)), lens)
     k_pos = torch.arange(total) - (lens.cumsum(0) - lens)[k_seq]
-    k_seq, k_pos = k_seq.to(device, non_blocking=True), k_pos.to(device, non_blocking=True)
+    k_seq, k_pos = to_device(k_seq, device), to_device(k_pos, device)
     gather = None
     if plan.page_table is not None:
         pages = plan.page_table[k_seq, k_pos // plan.block_size].long()
@@ -115,7 +115,7 @@ def attention(
         k, v = k[page, :, offset], v[page, :, offset]
     selected, group = None, 1
     if blocks is not None:
-        width = _padded(-(-plan.max_k // plan.block_size))
+        width = max(512, _padded(-(-plan.max_k // plan.block_size)))
         bits = torch.zeros(len(blocks), t, width + 1, dtype=torch.bool, device=q.device)
         bits[:, : len(q)].scatter_(-1, blocks.long().masked_fill(blocks < 0, width), True)
         selected, group = bits, q.shape[1] // len(blocks)

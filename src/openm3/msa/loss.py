@@ -50,10 +50,10 @@ class _IndexLoss(torch.autograd.Function):
 def _whole_prefix(index_q, index_k, q, k, blocks, plan, scale, rows, dq, dk) -> Tensor:
     """The dense warm-up: every key of the same sequence up to the query."""
     hkv, hi = k.shape[1], index_q.shape[1]
-    lengths = torch.tensor(plan.lens_k, device=q.device)
-    seq_of_key = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths, output_size=len(k))
+    at = torch.arange(len(k), device=q.device)
+    seq_of_key = torch.searchsorted(plan.cu_seqlens_k[1:], at, right=True)
     seq, position = plan.seq_ids[rows], plan.positions[rows]
-    at = torch.arange(len(k), device=q.device) - plan.cu_seqlens_k[:-1].long()[seq_of_key]
+    at = at - plan.cu_seqlens_k[seq_of_key]
     hidden = (seq_of_key[None] != seq[:, None]) | (at[None] > position[:, None])  # [C, N]
     heads = q[rows].unflatten(1, (hkv, -1)).permute(1, 2, 0, 3)  # [Hkv, G, C, D]
     scores = torch.matmul(heads.flatten(1, 2), k.permute(1, 2, 0)).float().unflatten(1, heads.shape[1:3]) * scale

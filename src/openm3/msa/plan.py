@@ -16,6 +16,13 @@ from torch import Tensor
 Lengths = Sequence[int] | Tensor
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A host tensor on `device`; to an accelerator through pinned memory, so that the host does not wait for it."""
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return (x if x.is_pinned() else x.pin_memory()).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Built by `Plan.packed` or `Plan.paged`. T query tokens of B sequences; keys of sequence s: `lens_k[s]`.
@@ -179,14 +186,14 @@ def _build(
                 raise ValueError(f"sequence {s}: {n_q} queries but {n_k} keys; the queries are among the keys")
         first = torch.tensor(lens_k, dtype=torch.int64) - counts
         starts = torch.tensor([0, *accumulate(lens_q)][:-1], dtype=torch.int64)
-        positions = (torch.arange(len(seq_ids)) + (first - starts)[seq_ids]).to(device, non_blocking=True)
+        positions = to_device(torch.arange(len(seq_ids)) + (first - starts)[seq_ids], device)
     return cls(
         lens_q=lens_q,
         lens_k=lens_k,
-        cu_seqlens_q=torch.tensor([0, *accumulate(lens_q)], dtype=torch.int32).to(device, non_blocking=True),
-        cu_seqlens_k=torch.tensor([0, *accumulate(lens_k)], dtype=torch.int32).to(device, non_blocking=True),
+        cu_seqlens_q=to_device(torch.tensor([0, *accumulate(lens_q)], dtype=torch.int32), device),
+        cu_seqlens_k=to_device(torch.tensor([0, *accumulate(lens_k)], dtype=torch.int32), device),
         positions=positions,
-        seq_ids=seq_ids.to(device, non_blocking=True),
+        seq_ids=to_device(seq_ids, device),
         page_table=page_table,
         workspace_bytes=workspace_bytes,
         explicit=explicit,

@@ -6,6 +6,7 @@ Memory is bounded whatever the length. Ties go to the lower block on every path,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from openm3.msa import decode
 from openm3.msa.keys import Scale, pages_of, rows_of, wide
-from openm3.msa.plan import Plan
+from openm3.msa.plan import Plan, to_device
 
 INF = float("inf")
 STRIP = 256  # queries scored at a time on a CPU
@@ -51,32 +52,47 @@ def select_blocks(
     return blocks, values
 
 
+_groups: WeakKeyDictionary[Plan, dict[int, list[tuple[Tensor, Tensor]]]] = WeakKeyDictionary()
+
+
+def _by_length(plan: Plan, over: int, heads: int) -> list[tuple[Tensor, Tensor]]:
+    """Packed sequences longer than `over`, those of similar length together; worked out once a plan.
+
+    For each group: `at` int64 [S, width], the rows of the flat run (any row behind a sequence's end), and `real` int64
+    [C], which of the S * (width - over) queries behind the first `over` exist.
+    """
+    known = _groups.setdefault(plan, {})
+    if over in known:
+        return known[over]
+    starts, by_width = plan.starts_k(), {}
+    for s, n in enumerate(plan.lens_k):
+        if n > over:
+            by_width.setdefault(max(plan.block_size, 1 << (n - 1).bit_length()), []).append(s)
+    known[over] = []
+    for members in by_width.values():
+        width = -(-max(plan.lens_k[s] for s in members) // plan.block_size) * plan.block_size
+        size = max(1, plan.workspace_bytes // (12 * heads * width * width))
+        for part in (members[a : a + size] for a in range(0, len(members), size)):
+            lens, first = torch.tensor([plan.lens_k[s] for s in part]), torch.tensor([starts[s] for s in part])
+            at = (first[:, None] + torch.arange(width)).clamp_max_(starts[-1] - 1)
+            real = (torch.arange(over, width) < lens[:, None]).flatten().nonzero().squeeze(-1)
+            known[over].append((to_device(at, plan.device), to_device(real, plan.device)))
+    return known[over]
+
+
 def _whole_sequences(index_q: Tensor, index_k: Tensor, plan: Plan, over: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Block scores of whole packed sequences longer than `over`, those of similar length together: few large launches.
+    """Block scores of the queries behind the first `over` of each packed sequence, in few large launches.
 
     Yields (rows int64 [C] of the flat run, block scores [Hi, C, blocks]).
     """
-    starts, heads, block = plan.starts_k(), index_q.shape[1], plan.block_size
-    by_width: dict[int, list[int]] = {}
-    for s, n in enumerate(plan.lens_k):
-        if n > over:
-            by_width.setdefault(max(block, 1 << (n - 1).bit_length()), []).append(s)
-    for width, members in by_width.items():
-        width = -(-min(width, max(plan.lens_k[s] for s in members)) // block) * block
-        size = max(1, plan.workspace_bytes // (12 * heads * width * width))
-        for a in range(0, len(members), size):
-            part = members[a : a + size]
-            lens = torch.tensor([plan.lens_k[s] for s in part])
-            real = (torch.arange(width) < lens[:, None]).flatten().nonzero().squeeze(-1).to(index_q.device)
-            first = torch.tensor([starts[s] for s in part], device=index_q.device)[:, None]
-            at = (first + torch.arange(width, device=index_q.device)).clamp_max_(len(index_k) - 1)  # [S, width]
-            q, k = index_q[at].to(wide(index_q)), index_k[at].to(wide(index_q))  # [S, width, Hi, Di], [S, width, Di]
-            scores = q.transpose(1, 2).flatten(1, 2) @ k.transpose(1, 2)
-            scores = scores.unflatten(1, (heads, width))  # [S, Hi, width, width]
-            ids = torch.arange(width, device=index_q.device)
-            scores.masked_fill_(ids > ids[:, None], -INF)
-            found = scores.unflatten(-1, (-1, block)).amax(-1).transpose(0, 1).flatten(1, 2)  # [Hi, S * width, blocks]
-            yield at.flatten()[real], found[:, real]
+    for at, real in _by_length(plan, over, index_q.shape[1]):
+        q, k = index_q[at[:, over:]].to(wide(index_q)), index_k[at].to(wide(index_q))  # [S, C, Hi, Di], [S, width, Di]
+        scores = q.transpose(1, 2).flatten(1, 2) @ k.transpose(1, 2)
+        scores = scores.unflatten(1, (index_q.shape[1], -1))  # [S, Hi, C, width]
+        ids = torch.arange(at.shape[1], device=at.device)
+        scores.masked_fill_(ids > ids[over:, None], -INF)
+        found = scores.unflatten(-1, (-1, plan.block_size)).amax(-1).transpose(0, 1).flatten(1, 2)
+        yield at[:, over:].flatten()[real], found[:, real]
 
 
 def _block_maxima(

@@ -136,9 +136,9 @@ def patch_rows(frames: torch.Tensor, vision: VisionConfig = DEFAULT_VISION) -> t
 def normalize_rows(rows: torch.Tensor) -> torch.Tensor:
     """uint8 rows [R, 3 * n] -> float32 rows: scaled to 0..1, then CLIP's mean and deviation, channel by channel."""
     values = rows.to(torch.float32, copy=True).unflatten(1, (3, -1))  # [R, 3, n]
-    mean = torch.tensor(CLIP_MEAN, device=rows.device)[:, None] * 255
-    std = torch.tensor(CLIP_STD, device=rows.device)[:, None] * 255
-    return values.sub_(mean).div_(std).flatten(1)
+    for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD)):  # as numbers: nothing to wait for on a device
+        values[:, channel].sub_(255 * mean).div_(255 * std)
+    return values.flatten(1)
 
 
 def media_input(frames: torch.Tensor, grid: list[tuple[int, int, int]], vision: VisionConfig) -> MediaInput:

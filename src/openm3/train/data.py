@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -22,7 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-DEVICE_FIELDS = ("labels", "pixel_values", "pixel_values_videos", "loss_positions")
+DEVICE_FIELDS = ("labels", "pixel_values", "pixel_values_videos")
 NO_LOSS = -100  # the label of a position without a target
 
 
@@ -66,7 +67,7 @@ class Batch:
 
     `labels[i]` is the target predicted at position i (already shifted; NO_LOSS where there is none). `input_ids`,
     `cu_seqlens` and the grids always stay on the host, where the model checks them and makes its plan without waiting
-    for the device. `loss_positions`, those with a target, is filled in, so that no one looks for them on the device.
+    for the device. `loss_positions`, those with a target, stays there too; it is filled in.
     """
 
     input_ids: Tensor  # int64 [T]
@@ -98,7 +99,7 @@ class Batch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking), DEVICE_FIELDS)
 
     def pin_memory(self) -> Batch:
-        return self._mapped(Tensor.pin_memory, ("input_ids", *DEVICE_FIELDS))
+        return self._mapped(Tensor.pin_memory, ("input_ids", "loss_positions", *DEVICE_FIELDS))
 
     def _mapped(self, function, names: tuple[str, ...]) -> Batch:
         values = {name: getattr(self, name) for name in names}
@@ -219,6 +220,8 @@ class _Indexed(torch.utils.data.Dataset):
 
 
 def _start_worker(parent: int, _: int) -> None:
+    # Leaves before C++ destructors run: in some builds of PyTorch they abort, which the parent takes for a crash.
+    multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C goes to a whole process group: the parent saves its state, then ends its workers itself
 

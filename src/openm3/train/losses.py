@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from openm3.msa.plan import to_device
 from openm3.train.data import Batch
 
 LOGITS_AT_ONCE = 1 << 26  # values of a chunk of logits: 256 MiB in float32
@@ -24,8 +25,9 @@ def language_loss(model: nn.Module, hidden: Tensor, batch: Batch, *, logits_at_o
 
     hidden [T, H] after the final norm; `model.logits` maps [n, H] to float32 [n, vocab].
     """
-    rows = hidden.index_select(0, batch.loss_positions)  # [n, H]
-    targets = batch.labels.index_select(0, batch.loss_positions)
+    learned = to_device(batch.loss_positions, hidden.device)
+    rows = hidden.index_select(0, learned)  # [n, H]
+    targets = batch.labels.index_select(0, learned)
     chunk = max(1, logits_at_once // model.config.text.vocab_size)
 
     def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
@@ -66,12 +68,19 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], *, msa: str = "infer",
     return total.item() / max(1, targets)
 
 
-def sample_queries(seed: int, index: int, tokens: int, count: int | None) -> Tensor | None:
-    """The positions of batch `index` that the index loss looks at: int64 [count], ascending; None means all."""
-    if count is None or count >= tokens:
+def sample_queries(seed: int, index: int, batch: Batch, count: int | None) -> Tensor | None:
+    """The positions of batch `index` that the index loss looks at: int64 [count], ascending; None means all.
+
+    Half are drawn from the positions with a target, where an answer must find what it speaks of; half from all.
+    """
+    if count is None or count >= batch.tokens:
         return None
-    chosen = np.random.default_rng((seed, index)).choice(tokens, count, replace=False, shuffle=False)
-    return torch.from_numpy(np.sort(chosen))
+    rng = np.random.default_rng((seed, index))
+    targets = batch.loss_positions.numpy()
+    answers = rng.choice(targets, min(count // 2, len(targets)), replace=False, shuffle=False)
+    others = np.setdiff1d(np.arange(batch.tokens), answers, assume_unique=True)
+    rest = rng.choice(others, count - len(answers), replace=False, shuffle=False)
+    return torch.from_numpy(np.sort(np.concatenate((answers, rest))))
 
 
 def router_biases(model: nn.Module) -> list[Tensor]:

@@ -62,8 +62,9 @@ class Trainer:
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.optimizers = build_optimizers(model, config)
         if config.compile:
-            for layer in model.layers:
-                layer.compile(dynamic=True)
+            for layer in model.layers:  # what is around the operator; the operator itself is planned on the host
+                layer.before = torch.compile(layer.before, dynamic=True)
+                layer.after = torch.compile(layer.after, dynamic=True)
         self._resume()
 
     @property
@@ -158,7 +159,7 @@ def _accumulate_gradients(
     metrics: dict[str, Tensor] = {}
     load = None
     for i, batch in enumerate(batches):
-        queries = sample_queries(config.seed, step * len(batches) + i, batch.tokens, config.index_queries)
+        queries = sample_queries(config.seed, step * len(batches) + i, batch, config.index_queries)
         if queries is not None and device.type == "cuda":
             queries = queries.pin_memory().to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
