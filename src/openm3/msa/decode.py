@@ -17,8 +17,8 @@ def fits(plan: Plan) -> bool:
         return False
     if plan.device.type != "cpu":
         return True
-    # A CPU reads one long context in place, page after page; only short ones are worth gathering.
-    return len(plan.lens_q) > 1 and plan.max_k <= 4096 and plan.max_k * len(plan.lens_k) <= 4 * sum(plan.lens_k)
+    # A CPU reads a long context in place, page after page; only short ones are worth gathering.
+    return plan.max_k <= 4096 and plan.max_k * len(plan.lens_k) <= 4 * sum(plan.lens_k)
 
 
 def _gather(cache: Tensor, pages: Tensor, head: Tensor | None, scale: Scale, wide: torch.dtype) -> Tensor:
