@@ -136,9 +136,9 @@ def info(
 ) -> None:
     """Sizes, active parameters, the memory it needs, and whether that fits this machine."""
     from openm3.checkpoint import info_dict, info_lines
-    from openm3.config import M3Config
+    from openm3.config import PRESETS, M3Config
 
-    config = M3Config.from_pretrained(model)
+    config = M3Config.preset(model) if model in PRESETS else M3Config.from_pretrained(model)
     if as_json:
         print(json.dumps(info_dict(config, context=context), indent=2))
     else:

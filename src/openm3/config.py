@@ -356,6 +356,9 @@ def _text_to_dict(text: TextConfig) -> dict[str, Any]:
         "model_type": "minimax_m3_vl_text",
         "hidden_act": "swigluoai",
         "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "swiglu_beta": 1.0,
+        "qk_norm_type": "per_head",
         "use_qk_norm": True,
         "use_gemma_norm": True,
         "n_shared_experts": 1,
@@ -409,6 +412,22 @@ def _m3() -> M3Config:
     return M3Config(text=text, vision=VisionConfig())
 
 
+def _msa_109b() -> M3Config:
+    """The report's evaluation model (arXiv 2606.13392, section 5.1): 41 layers of width 3072, 128 experts, 109 B in all.
+
+    The report leaves out the widths of experts and dense layers, the index dim and the tower. Here they follow M3's own
+    proportions: 0.75 and 3 times the hidden size, 128, M3's tower.
+    """
+    layers = (False,) * 3 + (True,) * 38
+    text = TextConfig(
+        vocab_size=200064, hidden_size=3072, num_hidden_layers=41, num_attention_heads=64, num_key_value_heads=4,
+        head_dim=128, rotary_dim=64, dense_intermediate_size=9216, intermediate_size=2304,
+        shared_intermediate_size=2304, num_local_experts=128, num_experts_per_tok=4,
+        sparse_layers=layers, moe_layers=layers,
+    )  # fmt: skip
+    return M3Config(text=text, vision=VisionConfig(), projector_hidden_size=3072)
+
+
 def _nano() -> M3Config:
     """The bundled model: 16 M parameters; 512 of at most 12,288 keys for a query (train/recipes/nano, docs/nano.md)."""
     layers = (False,) * 2 + (True,) * 6
@@ -434,4 +453,4 @@ SPECIAL_TOKENS = ("]!p~[", "]~b]", "[e~[", "]!d~[", "]<]image[>[", "]<]video[>["
                   "]<]end of image[>[", "]<]start of video[>[", "]<]end of video[>[", "]~!b[", "]<]minimax[>[",
                   "<mm:think>", "</mm:think>")  # fmt: skip
 NANO_SPECIALS = {token: 3072 - len(SPECIAL_TOKENS) + i for i, token in enumerate(SPECIAL_TOKENS)}
-PRESETS = {"m3": _m3, "nano": _nano}
+PRESETS = {"m3": _m3, "msa-109b": _msa_109b, "nano": _nano}
