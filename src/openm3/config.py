@@ -14,7 +14,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that no M3 network can be built from; the message names the field, the value and what is allowed."""
+    """A configuration that no M3 network can be built from: names the field, the value and what is allowed."""
 
 
 def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
@@ -29,11 +29,14 @@ def _positive_ints(config: Any, *names: str) -> None:
         _require(ok, f"{type(config).__name__}.{name}", value, "must be a positive integer")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 def _numbers(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-        _require(ok, f"{type(config).__name__}.{name}", value, "must be a positive finite number")
+        _require(_is_number(value), f"{type(config).__name__}.{name}", value, "must be a positive finite number")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,10 @@ class TextConfig:
                  self.rotary_dim, f"must be even and at most head_dim = {self.head_dim}")  # fmt: skip
         _require(self.num_experts_per_tok <= self.num_local_experts, "TextConfig.num_experts_per_tok",
                  self.num_experts_per_tok, f"may not exceed num_local_experts = {self.num_local_experts}")  # fmt: skip
+        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        for name, ids in (("bos", (self.bos_token_id,)), ("eos", eos), ("pad", (self.pad_token_id,))):
+            ok = all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids)
+            _require(ok, f"TextConfig.{name}_token_id", getattr(self, f"{name}_token_id"), "must be a token id or null")
         if any(self.sparse_layers):
             heads, kv = self.sparse.index_heads, self.num_key_value_heads
             _require(kv % heads == 0, "SparseConfig.index_heads", heads, f"must divide num_key_value_heads = {kv}")
@@ -182,7 +189,7 @@ class M3Config:
 
     @classmethod
     def preset(cls, name: str) -> M3Config:
-        """The sizes known by name: `m3` (as released), `msa-109b` (the report's evaluation model), `nano` (the bundled one)."""
+        """The sizes known by name: `m3` as released, `msa-109b` of the report's evaluation, `nano` as bundled."""
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r}: must be one of {', '.join(PRESETS)}")
         return PRESETS[name]()
@@ -206,7 +213,7 @@ class M3Config:
         if not isinstance(raw, dict) or raw.get("model_type") != "minimax_m3_vl":
             kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
             raise ConfigError(f"model_type = {kind!r}: must be 'minimax_m3_vl'")
-        text, vision = raw.get("text_config") or {}, raw.get("vision_config") or {}
+        text, vision = _section(raw, "text_config"), _section(raw, "vision_config")
         tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
         return cls(
             text=_text_from_dict(text, tied),
@@ -249,6 +256,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    section = raw.get(name) or {}
+    _require(isinstance(section, dict), name, section, "must be a JSON object")
+    return section
+
+
 def _first(raw: dict[str, Any], *names: str, default: Any) -> Any:
     return next((raw[name] for name in names if raw.get(name) is not None), default)
 
@@ -274,16 +287,16 @@ def _text_from_dict(raw: dict[str, Any], tied: bool) -> TextConfig:
     values = {name: raw.get(name, default) for name, default in TEXT_DEFAULTS.items()}
     if isinstance(values["eos_token_id"], list):
         values["eos_token_id"] = tuple(values["eos_token_id"])
-    rope = raw.get("rope_parameters") or {}
+    rope = _section(raw, "rope_parameters")
     kind = rope.get("rope_type", "default")
     _require(kind == "default", "rope_parameters.rope_type", kind, "must be 'default'; M3 scales no positions")
     head_dim, n = values["head_dim"], values["num_hidden_layers"]
     _require(isinstance(head_dim, int) and isinstance(n, int), "text_config.head_dim, num_hidden_layers",
              (head_dim, n), "must be integers")  # fmt: skip
     factor = _first(rope, "partial_rotary_factor", default=_first(raw, "partial_rotary_factor", default=1.0))
+    _require(_is_number(factor), "text_config.partial_rotary_factor", factor, "must be a positive finite number")
     theta = _first(rope, "rope_theta", default=_first(raw, "rope_theta", default=5e6))
-    released = raw.get("sparse_attention_config") or {}
-    _refuse_other_networks(raw, released)
+    released = _section(raw, "sparse_attention_config")
     defaults = SparseConfig()
     sparse = {
         ours: _first({**_flat(raw, flat), **_flat(released, nested)}, nested, flat or nested,
@@ -292,42 +305,40 @@ def _text_from_dict(raw: dict[str, Any], tied: bool) -> TextConfig:
     }  # fmt: skip
     on = released.get("use_sparse_attention", raw.get("use_sparse_attention", True)) is not False
     attention = _layers(raw, "layer_types", {"full_attention": False, "minimax_m3_sparse": True})
-    attention = attention or _freq(released.get("sparse_attention_freq")) or (False,) * n
+    attention = attention or _freq(released, "sparse_attention_freq") or (False,) * n
+    attention = attention if on else (False,) * n
+    _refuse_other_networks(raw, released, attention)
     mlp = _layers(raw, "mlp_layer_types", {"dense": False, "sparse": True})
-    mlp = mlp or _freq(raw.get("moe_layer_freq")) or (True,) * n
+    mlp = mlp or _freq(raw, "moe_layer_freq") or (True,) * n
     return TextConfig(
         **values,
         rotary_dim=int(head_dim * factor),
         rope_theta=theta,
         sparse=SparseConfig(**sparse),
-        sparse_layers=attention if on else (False,) * n,
+        sparse_layers=attention,
         moe_layers=mlp,
         tie_word_embeddings=tied,
     )
 
 
-def _refuse_other_networks(raw: dict[str, Any], released: dict[str, Any]) -> None:
+def _refuse_other_networks(raw: dict[str, Any], released: dict[str, Any], sparse_layers: tuple[bool, ...]) -> None:
     """Settings under which the files would describe another network than the one built here."""
     kind = released.get("sparse_score_type", "max")
     _require(kind == "max", "sparse_attention_config.sparse_score_type", kind, "must be 'max'")
-    index_value = released.get("sparse_disable_index_value")
-    index_value = index_value if isinstance(index_value, list) else [index_value]
-    _require(all(v in (None, True, 1) for v, on in zip(index_value, _spread(released, len(index_value))) if on),
-             "sparse_attention_config.sparse_disable_index_value", released.get("sparse_disable_index_value"),
+    given = released.get("sparse_disable_index_value")
+    disabled = given if isinstance(given, list) and len(given) == len(sparse_layers) else [given] * len(sparse_layers)
+    _require(isinstance(given, list) or all(v in (None, True) for v, on in zip(disabled, sparse_layers) if on),
+             "sparse_attention_config.sparse_disable_index_value", given,
              "must be true on every sparse layer; M3's index branch has no values")  # fmt: skip
     scoring = raw.get("scoring_func", "sigmoid")
     _require(scoring == "sigmoid", "text_config.scoring_func", scoring, "must be 'sigmoid'")
     act = raw.get("hidden_act", "swigluoai")
-    _require(act in ("swigluoai", "silu"), "text_config.hidden_act", act, "must be 'swigluoai' (or 'silu', as transformers writes it)")  # fmt: skip
+    allowed = "must be 'swigluoai' (or 'silu', as transformers writes it)"
+    _require(act in ("swigluoai", "silu"), "text_config.hidden_act", act, allowed)
     for name, allowed in (("use_qk_norm", True), ("use_gemma_norm", True), ("attention_bias", False)):
         _require(raw.get(name, allowed) in (allowed, None), f"text_config.{name}", raw.get(name), f"must be {allowed}")
     shared = raw.get("n_shared_experts", 1)
     _require(shared in (1, None), "text_config.n_shared_experts", shared, "must be 1")
-
-
-def _spread(released: dict[str, Any], length: int) -> tuple[bool, ...]:
-    freq = _freq(released.get("sparse_attention_freq"))
-    return freq if freq is not None and len(freq) == length else (True,) * length
 
 
 def _flat(raw: dict[str, Any], name: str | None) -> dict[str, Any]:
@@ -338,12 +349,17 @@ def _layers(raw: dict[str, Any], name: str, kinds: dict[str, bool]) -> tuple[boo
     types = raw.get(name)
     if types is None:
         return None
+    _require(isinstance(types, list), f"text_config.{name}", types, "must be a list with one entry for each layer")
     for kind in types:
-        _require(kind in kinds, f"text_config.{name}", kind, f"must be one of {', '.join(kinds)}")
+        ok = isinstance(kind, str) and kind in kinds
+        _require(ok, f"text_config.{name}", kind, f"must be one of {', '.join(kinds)}")
     return tuple(kinds[kind] for kind in types)
 
 
-def _freq(freq: list[int] | None) -> tuple[bool, ...] | None:
+def _freq(raw: dict[str, Any], name: str) -> tuple[bool, ...] | None:
+    freq = raw.get(name)
+    ok = freq is None or (isinstance(freq, list) and all(f in (0, 1) for f in freq))
+    _require(ok, f"text_config.{name}", freq, "must be a list with a 0 or 1 for each layer")
     return None if freq is None else tuple(bool(f) for f in freq)
 
 
@@ -380,8 +396,7 @@ def _vision_from_dict(raw: dict[str, Any]) -> VisionConfig:
     defaults = VisionConfig()
     plain = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
              "image_size", "patch_size", "hidden_act", "layer_norm_eps")  # fmt: skip
-    compression = raw.get("img_token_compression_config") or {}
-    rope = raw.get("rope_parameters") or {}
+    compression, rope = _section(raw, "img_token_compression_config"), _section(raw, "rope_parameters")
     return VisionConfig(
         **{name: raw.get(name, getattr(defaults, name)) for name in plain},
         temporal_patch_size=_first(compression, "temporal_patch_size", default=raw.get("temporal_patch_size", 2)),
@@ -413,7 +428,7 @@ def _m3() -> M3Config:
 
 
 def _msa_109b() -> M3Config:
-    """The report's evaluation model (arXiv 2606.13392, section 5.1): 41 layers of width 3072, 128 experts, 109 B in all.
+    """The report's evaluation model (arXiv 2606.13392, section 5.1): 41 layers of width 3072, 128 experts, 109 B.
 
     The report leaves out the widths of experts and dense layers, the index dim and the tower. Here they follow M3's own
     proportions: 0.75 and 3 times the hidden size, 128, M3's tower.

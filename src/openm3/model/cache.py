@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +47,10 @@ class KVCache:
         self.page_size, self.num_pages = text.sparse.block_size, num_pages
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, device=device, dtype=dtype)
+            if torch.device(device).type != "cpu":
+                return torch.zeros(*shape, device=device, dtype=dtype)
+            # numpy takes zero pages from the system, which cost nothing until they are written.
+            return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
         by_head = (text.num_key_value_heads, num_pages, self.page_size, text.head_dim)
         index = (num_pages, self.page_size, text.sparse.index_dim)
