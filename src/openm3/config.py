@@ -1,7 +1,7 @@
 """The network's sizes as frozen data: read from either spelling of config.json, written in the released one.
 
-`M3Config.from_pretrained` reads a directory (or a model's name), `M3Config.preset` gives the known sizes. Every value is
-checked once, here; what passes can be built. The spellings and their precedence: docs/checkpoints.md.
+`M3Config.from_pretrained` reads a directory (or a model's name), `M3Config.preset` gives the known sizes. Every value
+is checked once, here; what passes can be built. The spellings and their precedence: docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SparseConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder. `sparse_layers[i]`: layer i attends through MSA; `moe_layers[i]`: its MLP is a mixture of experts."""
+    """The decoder. `sparse_layers[i]`: layer i attends through MSA; `moe_layers[i]`: its MLP is a mixture."""
 
     vocab_size: int
     hidden_size: int
@@ -99,8 +99,9 @@ class TextConfig:
         for name in ("sparse_layers", "moe_layers"):
             value = getattr(self, name)
             _require(len(value) == n, f"TextConfig.{name}", value, f"must have one entry for each of {n} layers")
-        _require(self.num_attention_heads % self.num_key_value_heads == 0, "TextConfig.num_attention_heads",
-                 self.num_attention_heads, f"must be a multiple of num_key_value_heads = {self.num_key_value_heads}")  # fmt: skip
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        _require(heads % kv == 0, "TextConfig.num_attention_heads", heads,
+                 f"must be a multiple of num_key_value_heads = {kv}")  # fmt: skip
         _require(self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0, "TextConfig.rotary_dim",
                  self.rotary_dim, f"must be even and at most head_dim = {self.head_dim}")  # fmt: skip
         _require(self.num_experts_per_tok <= self.num_local_experts, "TextConfig.num_experts_per_tok",
@@ -110,8 +111,9 @@ class TextConfig:
             ok = all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids)
             _require(ok, f"TextConfig.{name}_token_id", getattr(self, f"{name}_token_id"), "must be a token id or null")
         if any(self.sparse_layers):
-            heads, kv = self.sparse.index_heads, self.num_key_value_heads
-            _require(kv % heads == 0, "SparseConfig.index_heads", heads, f"must divide num_key_value_heads = {kv}")
+            index_heads = self.sparse.index_heads
+            _require(kv % index_heads == 0, "SparseConfig.index_heads", index_heads,
+                     f"must divide num_key_value_heads = {kv}")  # fmt: skip
             _require(self.rotary_dim <= self.sparse.index_dim, "SparseConfig.index_dim", self.sparse.index_dim,
                      f"must be at least rotary_dim = {self.rotary_dim}")  # fmt: skip
 
@@ -305,9 +307,9 @@ def _text_from_dict(raw: dict[str, Any], tied: bool) -> TextConfig:
     }  # fmt: skip
     on = released.get("use_sparse_attention", raw.get("use_sparse_attention", True)) is not False
     attention = _layers(raw, "layer_types", {"full_attention": False, "minimax_m3_sparse": True})
-    attention = attention or _freq(released, "sparse_attention_freq") or (False,) * n
-    attention = attention if on else (False,) * n
-    _refuse_other_networks(raw, released, attention)
+    declared = _freq(released, "sparse_attention_freq")
+    attention = attention or declared or (False,) * n
+    _refuse_other_networks(raw, released, declared or attention)
     mlp = _layers(raw, "mlp_layer_types", {"dense": False, "sparse": True})
     mlp = mlp or _freq(raw, "moe_layer_freq") or (True,) * n
     return TextConfig(
@@ -315,7 +317,7 @@ def _text_from_dict(raw: dict[str, Any], tied: bool) -> TextConfig:
         rotary_dim=int(head_dim * factor),
         rope_theta=theta,
         sparse=SparseConfig(**sparse),
-        sparse_layers=attention,
+        sparse_layers=attention if on else (False,) * n,
         moe_layers=mlp,
         tie_word_embeddings=tied,
     )
@@ -326,8 +328,8 @@ def _refuse_other_networks(raw: dict[str, Any], released: dict[str, Any], sparse
     kind = released.get("sparse_score_type", "max")
     _require(kind == "max", "sparse_attention_config.sparse_score_type", kind, "must be 'max'")
     given = released.get("sparse_disable_index_value")
-    disabled = given if isinstance(given, list) and len(given) == len(sparse_layers) else [given] * len(sparse_layers)
-    _require(isinstance(given, list) or all(v in (None, True) for v, on in zip(disabled, sparse_layers) if on),
+    each = given if isinstance(given, list) else [given] * len(sparse_layers)
+    _require(all(v in (None, True) for v, on in zip(each, sparse_layers) if on),
              "sparse_attention_config.sparse_disable_index_value", given,
              "must be true on every sparse layer; M3's index branch has no values")  # fmt: skip
     scoring = raw.get("scoring_func", "sigmoid")
