@@ -1,7 +1,7 @@
 """Claim: on two CPU cores a long prompt costs linear memory, and a fraction of transformers' time.
 
-Both sides build the same 4-layer M3 (issue: hidden 256, 8/2 heads of 64, index 2 x 64, block 128, top 16, 16 experts top-2
-of 256, first layer dense) with random weights and read the same prompt; every measurement is a process of its own, so that
+Both sides build the same 4-layer M3 (hidden 256, 8/2 heads of 64, index 2 x 64, block 128, top 16, 16 experts top-2 of
+256, first layer dense) with random weights and read the same prompt; every measurement is a process of its own, so that
 its peak memory is its own. transformers runs under a memory limit and is reported as out of memory when it hits it.
 
     python benchmarks/cpu_prefill.py                    # ours at 8 K to 131 K, transformers at 8 K
@@ -112,7 +112,7 @@ def peak_bytes() -> int:
 
 
 def decode_bytes(length: int) -> int:
-    """Keys and values of the dense layer and index keys of the sparse ones: what a decode step reads more of, float32."""
+    """Bytes that a decode step reads more of: the dense layer's keys and values, the sparse ones' index keys."""
     text = model_config().text
     dense = sum(not sparse for sparse in text.sparse_layers) * 2 * text.num_key_value_heads * text.head_dim
     return length * 4 * (dense + sum(text.sparse_layers) * text.sparse.index_dim)
@@ -156,8 +156,8 @@ def table(result: dict) -> str:
     d = result.get("decode")
     if d:
         lines.append(
-            f"\nDecode: {d['short_ms']:.1f} ms at {d['short']:,} tokens, {d['long_ms']:.1f} ms at {d['long']:,}: the extra "
-            f"{d['extra_bytes'] / 1e6:.0f} MB cost {d['ratio']:.2f} times their share at copy speed "
+            f"\nDecode: {d['short_ms']:.1f} ms at {d['short']:,} tokens, {d['long_ms']:.1f} ms at {d['long']:,}: "
+            f"the extra {d['extra_bytes'] / 1e6:.0f} MB cost {d['ratio']:.2f} times their share at copy speed "
             f"({result['copy_bytes_per_second'] / 1e9:.1f} GB/s)."
         )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * (1 + w) over the last axis, in float32, cast back last. Every norm of M3 is this one."""
+    """x * rsqrt(mean(x^2) + eps) * (1 + w) over the last axis, in float32, cast back last: every norm of M3."""
 
     def __init__(self, size: int, eps: float, **factory):
         super().__init__()
@@ -21,7 +21,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [T, rotary_dim / 2]: float32(position) * float32(theta^(-2i / rotary_dim)), as the reference."""
+    """cos and sin, float32 [T, rotary_dim / 2].
+
+    The angles are float32(position) * float32(theta^(-2i / rotary_dim)), rounded as in the reference.
+    """
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     angles = positions.float()[:, None] * (1.0 / theta**exponent)
     return angles.cos(), angles.sin()

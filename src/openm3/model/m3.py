@@ -1,7 +1,7 @@
 """M3 whole: embeddings with images and video in their places, the decoder, the head.
 
-A batch is one flat run of tokens [T] with `cu_seqlens`; training, chunked prefill and decode are the same forward. With a
-cache the new tokens' keys go into their pages first and attention reads pages; without one it reads the run itself.
+A batch is one flat run of tokens [T] with `cu_seqlens`; training, chunked prefill and decode are the same forward. With
+a cache the new tokens' keys go into their pages first and attention reads pages; without one it reads the run itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def plan_args(config: M3Config) -> dict[str, int]:
 
 
 class M3(nn.Module):
-    """MiniMax-M3 on one device. Parameters start as N(0, 0.02), norms as identity; `load_model` fills in a checkpoint's."""
+    """MiniMax-M3 on one device. Parameters start as N(0, 0.02), norms as identity; `load_model` fills in others."""
 
     def __init__(
         self,
@@ -95,10 +95,10 @@ class M3(nn.Module):
     ) -> M3Output:
         """One packed forward.
 
-        input_ids int64 [T]; cu_seqlens int32 [B+1], one sequence by default; positions int64 [T], 0.. in each sequence by
-        default. pixel_values [rows, C*T*P*P] with image_grid_thw int64 [images, 3] fill the image tokens in order, the
-        videos' likewise; or media_embeds [placeholders, H] fills all placeholders in `input_ids`, so that an image may
-        straddle two chunks. With `cache`, `plan` is a paged plan whose last tokens are these.
+        input_ids int64 [T]; cu_seqlens int32 [B+1], by default one sequence; positions int64 [T], by default 0.. in
+        each sequence. pixel_values [rows, C*T*P*P] with image_grid_thw int64 [images, 3] fill the image tokens in
+        order, the videos' likewise; or media_embeds [placeholders, H] fills all placeholders in `input_ids`, so that an
+        image may straddle two chunks. With `cache`, `plan` is a paged plan whose last tokens are these.
 
         `msa`: "infer" selects blocks; "train" also gives the index loss over them, at `index_queries` int64 [n] only
         where given; "warmup" attends densely with the index loss over the prefix; "dense" has no index branch.
@@ -181,7 +181,7 @@ class M3(nn.Module):
         return plan
 
     def _places(self, ids: Tensor, images: Grid, videos: Grid, media_embeds: Tensor | None) -> list[Tensor]:
-        """Rows of the run that take media: all placeholders for ready embeddings, else the images', then the videos'."""
+        """Rows of the run that take media: all placeholders for ready embeddings, else images', then videos'."""
         is_image, is_video = ids == self.config.image_token_id, ids == self.config.video_token_id
         if media_embeds is not None:
             if images or videos:

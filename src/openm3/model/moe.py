@@ -1,7 +1,7 @@
 """Mixture of experts: sigmoid scores, a selection bias without gradient, and experts as two grouped matrix products.
 
-Tokens are sorted by expert, multiplied group by group in one call and put back by the inverse permutation: no Python loop
-over experts, no host sync, and the same order of sums every time.
+Tokens are sorted by expert, multiplied group by group in one call and put back by the inverse permutation: no Python
+loop over experts, no host sync, and the same order of sums every time.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def _coordinates(t: int, h: int, w: int, merge: int) -> Tensor:
 
 
 def vision_rope(grid: Grid, config: VisionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin float32 [rows, 3 * (head_dim // 3 // 2)]: the angles of t, h and w side by side, one set of frequencies."""
+    """cos and sin float32 [rows, 3 * (head_dim // 3 // 2)]: the angles of t, h and w, with the same frequencies."""
     each = 2 * ((config.head_dim // 3) // 2)
     exponent = torch.arange(0, each, 2).float() / each
     frequencies = to_device(1.0 / config.rope_theta**exponent, device)

@@ -1,4 +1,4 @@
-"""Decode of several sequences at once: one query each, all of them in a handful of batched ops and without a host sync."""
+"""Decode of several sequences at once: one query each, all in a handful of batched ops and without a host sync."""
 
 from __future__ import annotations
 

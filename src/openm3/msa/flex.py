@@ -1,9 +1,9 @@
 """Attention of many queries on a GPU: one FlexAttention kernel over all sequences of a plan, dense or sparse.
 
 The mask is a function of two positions: same sequence, not after the query, and (sparse) a bit that says whether the
-query selected the key's block. Which tiles of 128 x 128 are visited follows from the sequences alone, so it is worked out
-once a plan, on the device, without a host sync. The kernel computes whole visited tiles: right for training at moderate
-lengths and for mixed batches of short prompts; work grows as dense attention does.
+query selected the key's block. Which tiles of 128 x 128 are visited follows from the sequences alone, so it is worked
+out once a plan, on the device, without a host sync. The kernel computes whole visited tiles: right for training at
+moderate lengths and for mixed batches of short prompts; work grows as dense attention does.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _kernel(compiled: bool):
 class _Layout:
     """Where queries and keys stand, padded to a few sizes so that kernels are compiled once.
 
-    q_seq, q_pos int32 [T']; k_seq, k_pos int32 [N']; padding is in no sequence. `gather` int64 [N]: each key's slot in a
-    cache seen as [P * block], for paged plans. `counts` int32 [tiles], `indices` int32 [tiles, key tiles].
+    q_seq, q_pos int32 [T']; k_seq, k_pos int32 [N']; padding is in no sequence. `gather` int64 [N]: each key's slot in
+    a cache seen as [P * block], for paged plans. `counts` int32 [tiles], `indices` int32 [tiles, key tiles].
     """
 
     q_seq: Tensor

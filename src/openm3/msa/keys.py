@@ -45,7 +45,7 @@ def dequantize(pages: Tensor, scale: Scale, ids: Tensor) -> Tensor:
 
 
 def sequence_keys(x: Tensor, plan: Plan, s: int, n: int, scale: Scale) -> Tensor:
-    """Keys of sequence s as [Hkv, n, D]: a view of packed keys, and of consecutive pages in a cache that lies by head."""
+    """Keys of sequence s as [Hkv, n, D]: a view of packed keys, and of consecutive pages in a cache by head."""
     if plan.page_table is None:
         start = plan.starts_k()[s]
         return x[start : start + n].transpose(0, 1)

@@ -1,8 +1,8 @@
 """The index branch's loss: KL between the main branch's attention and the index branch's, over the selected tokens.
 
 `index_loss` in strips of queries: memory is linear in T + N. It is a scalar, so its gradient with respect to the index
-queries and keys is taken in the forward pass, strip by strip, and only scaled in the backward pass. Nothing else receives
-a gradient: the main branch is the teacher (report section 3.2).
+queries and keys is taken in the forward pass, strip by strip, and only scaled in the backward pass. Nothing else
+receives a gradient: the main branch is the teacher (report section 3.2).
 """
 
 from __future__ import annotations

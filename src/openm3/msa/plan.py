@@ -1,6 +1,6 @@
 """What all layers of one step share: lengths, positions, where the keys lie, and the sizes of the selection.
 
-A plan is built once a step from lengths that the host knows, so that no op ever waits for the device to learn a maximum.
+A plan is built once a step from lengths that the host knows, so that no op waits for the device to learn a maximum.
 Keys lie packed, one sequence behind the other (`Plan.packed`), or in pages of one block each (`Plan.paged`).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -86,10 +86,10 @@ class Plan:
         workspace_bytes: int = 1 << 30,
         device: torch.device | str | None = None,
     ) -> Plan:
-        """Keys in pages of `block_size` tokens: block b of sequence s lies in page `page_table[s, b]` (int32 [B, max_pages]).
+        """Keys in pages of `block_size` tokens: block b of sequence s lies in page `page_table[s, b]`.
 
-        `seq_lens`: keys of each sequence, those of this step's queries included. Raises ValueError as `packed` does, and
-        for a page table that is too short for a sequence.
+        `page_table` int32 [B, max_pages]; `seq_lens`: keys of each sequence, those of this step's queries included.
+        Raises ValueError as `packed` does, and for a page table that is too short for a sequence.
         """
         lens_q = _lengths("cu_seqlens_q", cu_seqlens_q)
         lens_k = tuple(int(n) for n in (seq_lens.tolist() if isinstance(seq_lens, Tensor) else seq_lens))
@@ -139,7 +139,7 @@ def _lengths(name: str, offsets: Lengths) -> tuple[int, ...]:
     values = offsets.tolist() if isinstance(offsets, Tensor) else list(offsets)
     if not values or values[0] != 0:
         raise ValueError(f"{name}: {values[:4]}..., must start with 0")
-    lengths = tuple(int(b) - int(a) for a, b in zip(values, values[1:]))
+    lengths = tuple(int(b) - int(a) for a, b in pairwise(values))
     if any(n < 0 for n in lengths):
         raise ValueError(f"{name}: offsets must ascend, a sequence has length {min(lengths)}")
     return lengths
@@ -177,7 +177,7 @@ def _build(
     if explicit:
         if positions.dtype != torch.int64 or positions.shape != seq_ids.shape:
             raise ValueError(
-                f"positions: {positions.dtype} {list(positions.shape)}, must be int64 [{len(seq_ids)}], one for each query"
+                f"positions: {positions.dtype} {list(positions.shape)}, must be int64 [{len(seq_ids)}], one a query"
             )
         positions = positions.to(device)
     else:

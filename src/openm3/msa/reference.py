@@ -5,6 +5,8 @@ Every other backend is held against this file (report section 3.1). It computes 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def sequence_keys(x: Tensor, plan: Plan, s: int, scale: Tensor | float | None = 
 
 
 def block_scores(index_q: Tensor, index_k: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """[T, Hi, Di] queries, [N, Di] keys -> [Hi, T, blocks]: the largest visible score of each block, -inf where none is."""
+    """[T, Hi, Di] queries, [N, Di] keys -> [Hi, T, blocks]: each block's largest visible score, -inf where none is."""
     n = len(index_k)
     scores = torch.einsum("thd,nd->htn", index_q, index_k)
     future = torch.arange(n, device=index_k.device)[None] > positions[:, None]
@@ -143,4 +145,4 @@ def index_loss(
 
 def _rows(plan: Plan) -> list[slice]:
     starts = plan.starts_q()
-    return [slice(a, b) for a, b in zip(starts, starts[1:])]
+    return [slice(a, b) for a, b in pairwise(starts)]

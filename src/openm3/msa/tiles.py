@@ -1,10 +1,10 @@
 """Block-sparse attention inside out: sort the (query, block) pairs by block, multiply tile by tile, combine by query.
 
-A pair is one of a query's selected blocks. Pairs of the same block and KV head are cut into tiles of a few queries, whose
-grouped heads are the rows of one small product with that block's keys; all tiles of a piece run as one batched product.
-Blocks before the query's own are visible as a whole, so only the own block's tiles carry a mask. A query's partial
-outputs are then combined by their log-sum-exp. The backward pass walks the same tiles and recomputes the weights.
-Memory: one strip of queries' partial outputs and one piece's scores, whatever the length.
+A pair is one of a query's selected blocks. Pairs of the same block and KV head are cut into tiles of a few queries,
+whose grouped heads are the rows of one small product with that block's keys; all tiles of a piece run as one batched
+product. Blocks before the query's own are visible as a whole, so only the own block's tiles carry a mask. A query's
+partial outputs are then combined by their log-sum-exp. The backward pass walks the same tiles and recomputes the
+weights. Memory: one strip of queries' partial outputs and one piece's scores, whatever the length.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _tile_size(pairs_per_block: int, group: int) -> int:
 def attention(
     q: Tensor, keys: Keys, blocks: Tensor, positions: Tensor, plan: Plan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One sequence: q [n_q, Hq, D], blocks [Hi, n_q, topk], positions [n_q] -> out [n_q, Hq, D], float32 lse [n_q, Hq]."""
+    """One sequence: q [n_q, Hq, D], blocks [Hi, n_q, topk], positions [n_q] -> out like q, float32 lse [n_q, Hq]."""
     if torch.is_grad_enabled() and (q.requires_grad or keys.k.requires_grad or keys.v.requires_grad):
         return _Attention.apply(q, keys.k, keys.v, keys, blocks, positions, plan, scale)
     return _forward(q, keys, blocks, positions, plan, scale)
