@@ -10,6 +10,8 @@ pages are read in place.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +52,10 @@ def sparse_attention(
 
 
 def _use_flex(q: Tensor, k: Tensor) -> bool:
-    return q.is_cuda and q.dtype != torch.float64 and k.dtype.itemsize > 1 and q.shape[-1] >= 16
+    """Whether FlexAttention's kernel can serve: a GPU with Triton, and keys that are not fp8."""
+    if not q.is_cuda or q.dtype == torch.float64 or k.dtype.itemsize == 1 or q.shape[-1] < 16:
+        return False
+    return find_spec("triton") is not None
 
 
 def _all_selected(blocks: Tensor, plan: Plan, rows: slice, n: int) -> bool:
