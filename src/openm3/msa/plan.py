@@ -63,7 +63,8 @@ class Plan:
         """Keys in flat tensors [N, ...]. `cu_seqlens_*`: B+1 ascending offsets from 0 (lists, or tensors on the CPU).
 
         `cu_seqlens_k` defaults to `cu_seqlens_q`; the queries are the last ones of their sequence unless `positions`
-        int64 [T] says otherwise. Raises ValueError for offsets that do not ascend or more queries than keys.
+        int64 [T] says otherwise. Raises ValueError for offsets that do not ascend, more queries than keys, and a
+        position without a key (where positions lie on the CPU).
         """
         lens_q = _lengths("cu_seqlens_q", cu_seqlens_q)
         lens_k = lens_q if cu_seqlens_k is None else _lengths("cu_seqlens_k", cu_seqlens_k)
@@ -179,6 +180,14 @@ def _build(
             raise ValueError(
                 f"positions: {positions.dtype} {list(positions.shape)}, must be int64 [{len(seq_ids)}], one a query"
             )
+        if positions.device.type == "cpu":
+            behind = (positions >= torch.tensor(lens_k, dtype=torch.int64)[seq_ids]).nonzero().flatten()
+            if len(behind):
+                at = int(behind[0])
+                raise ValueError(
+                    f"positions[{at}] = {int(positions[at])}: sequence {int(seq_ids[at])} has "
+                    f"{lens_k[int(seq_ids[at])]} keys, and a query is among the keys"
+                )
         positions = positions.to(device)
     else:
         for s, (n_q, n_k) in enumerate(zip(lens_q, lens_k)):
