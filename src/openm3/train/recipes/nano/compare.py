@@ -33,7 +33,6 @@ def recalls(model: M3, size: str = "4K", documents: int = 8, queries: int = 128)
     All positions see more blocks than are selected, so that there is a choice; half of them, at most, are at the
     document's answer. size: one of retrieval.SIZES."""
     from openm3 import msa
-    from openm3.model.layers import apply_rope
 
     sparse = model.config.text.sparse
     measured: dict[int, list[tuple[float, float]]] = {}
@@ -41,19 +40,16 @@ def recalls(model: M3, size: str = "4K", documents: int = 8, queries: int = 128)
     rows = torch.empty(0, dtype=torch.long)
 
     def hook(layer: int):
-        def measure(attention: Any, args: tuple, kwargs: dict) -> None:
+        def measure(module: Any, args: tuple) -> None:
             x, step = args[0], args[1]
-            sizes = (attention.q_heads, attention.kv_heads, attention.kv_heads)
-            q, k, _ = attention.qkv_proj(x).unflatten(-1, (-1, attention.head_dim)).split(sizes, dim=1)
-            q = apply_rope(attention.q_norm(q), step.cos, step.sin)
-            k = apply_rope(attention.k_norm(k), step.cos, step.sin)
-            chosen = msa.select_blocks(*attention._index(x, step), step.plan)[:, rows]  # [Hi, n, topk]
-            chosen = chosen.repeat_interleave(attention.kv_heads // chosen.shape[0], 0)
+            q, k, _, index_q, index_k = module.before(x, step.cos, step.sin, True)
+            chosen = msa.select_blocks(index_q, index_k, step.plan)[:, rows]  # [Hi, n, topk]
+            chosen = chosen.repeat_interleave(k.shape[1] // chosen.shape[0], 0)
             measured.setdefault(layer, []).append(recall(q[rows], k, rows, chosen, sparse.block_size))
 
         return measure
 
-    handles = [model.layers[i].attn.register_forward_pre_hook(hook(i), with_kwargs=True)
+    handles = [model.layers[i].register_forward_pre_hook(hook(i))
                for i, on in enumerate(model.config.text.sparse_layers) if on]  # fmt: skip
     try:
         for number in range(documents):
