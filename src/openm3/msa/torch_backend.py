@@ -146,16 +146,19 @@ def _dense_masked(
 
 
 def _dense_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The last few queries of a sequence over all of its keys, head by head: reads each key and value once."""
+    """The last few queries of a sequence over all of its keys, head by head: reads each key and value once.
+
+    Half-precision keys are widened a head at a time: products of theirs in their own dtype would round the scores.
+    """
     c, (hkv, n, d) = len(q), k.shape
     out = q.new_empty(c, hkv, q.shape[1] // hkv, d)
     lse = q.new_empty(out.shape[:3], dtype=torch.float32)
     recent = torch.ones(c, c, dtype=torch.bool).triu(1)  # of the last c keys, those after the query
     for r in range(hkv):
-        rows = (q.view(c, hkv, -1, d)[:, r] * scale).flatten(0, 1)  # [C * G, D]
-        scores = (k[r] @ rows.T).T.float().contiguous().view(c, -1, n)  # keys on the left: they are the long side
+        rows = (q.view(c, hkv, -1, d)[:, r].float() * scale).flatten(0, 1)  # [C * G, D]
+        scores = (k[r].float() @ rows.T).T.contiguous().view(c, -1, n)  # keys on the left: they are the long side
         scores[:, :, n - c :].masked_fill_(recent[:, None], -INF)
         lse[:, r] = scores.logsumexp(-1)
-        weights = scores.sub_(lse[:, r, :, None]).exp_().flatten(0, 1).to(v.dtype)
-        out[:, r] = (weights @ v[r]).view(c, -1, d)
+        weights = scores.sub_(lse[:, r, :, None]).exp_().flatten(0, 1)
+        out[:, r] = (weights @ v[r].float()).view(c, -1, d)
     return out.flatten(1, 2), lse.flatten(1, 2)
