@@ -22,7 +22,7 @@ TEXT = dict(
     max_position_embeddings=4096, bos_token_id=1, eos_token_id=(2, 9), pad_token_id=0,
 )  # fmt: skip
 VISION = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=2, image_size=56,
-              rope_theta=500.0, layer_norm_eps=1e-6)  # fmt: skip
+              temporal_patch_size=1, spatial_merge_size=4, rope_theta=500.0, layer_norm_eps=1e-6)  # fmt: skip
 
 
 def small(**changes) -> M3Config:
@@ -106,7 +106,7 @@ def test_transformers_reads_the_released_spelling_back_field_by_field(tmp_path):
     sizes = (text.index_n_heads, text.index_head_dim, text.index_block_size, text.index_topk_blocks)
     assert (*sizes, text.index_local_blocks) == (1, 24, 8, 5, 2)
     assert theirs.vision_config.rope_parameters["rope_theta"] == 500.0
-    assert (theirs.vision_config.temporal_patch_size, theirs.vision_config.spatial_merge_size) == (2, 2)
+    assert (theirs.vision_config.temporal_patch_size, theirs.vision_config.spatial_merge_size) == (1, 4)
     assert (theirs.image_token_index, theirs.video_token_index, theirs.projector_hidden_size) == (3, 4, 40)
 
 

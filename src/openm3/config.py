@@ -411,10 +411,8 @@ def _vision_from_dict(raw: dict[str, Any]) -> VisionConfig:
 def _vision_to_dict(vision: VisionConfig) -> dict[str, Any]:
     out = dataclasses.asdict(vision)
     out["vision_segment_max_frames"] = out.pop("segment_max_frames")
-    out["img_token_compression_config"] = {
-        "spatial_merge_size": out.pop("spatial_merge_size"),
-        "temporal_patch_size": out.pop("temporal_patch_size"),
-    }
+    sizes = ("spatial_merge_size", "temporal_patch_size")  # flat too: the reference reads only those
+    out["img_token_compression_config"] = {name: out[name] for name in sizes}
     return out | {"model_type": "clip_vision_model", "rope_mode": "3d"}
 
 
