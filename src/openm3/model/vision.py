@@ -62,8 +62,7 @@ class VisionAttention(nn.Module):
         for entries, length in groups:
             rows = slice(start, start + entries * length)
             batch = [y[rows].unflatten(0, (entries, length)).transpose(1, 2) for y in (q, k, v)]
-            with sdpa_kernel(KERNELS):
-                outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+            outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
             start = rows.stop
         return self.out(torch.cat(outs).flatten(1))
 
@@ -110,8 +109,9 @@ class VisionTower(nn.Module):
         order, back = (to_device(rows, pixel_values.device) for rows in (order, back))
         x = self.pre_norm(self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)))[order]
         cos, sin = (angles[order] for angles in vision_rope(grid, self.config, x.device))
-        for layer in self.layers:
-            x = layer(x, cos, sin, groups)
+        with sdpa_kernel(KERNELS):
+            for layer in self.layers:
+                x = layer(x, cos, sin, groups)
         return x[back]
 
 

@@ -158,7 +158,9 @@ def _dense_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         rows = (q.view(c, hkv, -1, d)[:, r].float() * scale).flatten(0, 1)  # [C * G, D]
         scores = (k[r].float() @ rows.T).T.contiguous().view(c, -1, n)  # keys on the left: they are the long side
         scores[:, :, n - c :].masked_fill_(recent[:, None], -INF)
-        lse[:, r] = scores.logsumexp(-1)
-        weights = scores.sub_(lse[:, r, :, None]).exp_().flatten(0, 1)
-        out[:, r] = (weights @ v[r].float()).view(c, -1, d)
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        lse[:, r] = (top + total.log()).squeeze(-1)
+        out[:, r] = (weights.flatten(0, 1) @ v[r].float()).view(c, -1, d) / total
     return out.flatten(1, 2), lse.flatten(1, 2)
