@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import random
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from openm3.train.recipes.nano import compare, recipe
@@ -43,7 +45,11 @@ class Knowing:
         def text(content):
             if not isinstance(content, list):
                 return content
-            return [p.get("text") or len(p.get("video", "image")) for p in content]
+            return [p["text"] if p["type"] == "text" else pixels(p[p["type"]]) for p in content]
+
+        def pixels(media):
+            frames = media if isinstance(media, list) else [media]
+            return zlib.crc32(b"".join(np.asarray(frame).tobytes() for frame in frames))
 
         return json.dumps([[m["role"], text(m["content"])] for m in messages]) + thinking
 
@@ -75,7 +81,8 @@ def test_right_answers_reach_every_bar_and_wrong_ones_none():
 
 def test_rows_are_chosen_by_the_beginning_of_their_names():
     rows = examination.evaluate(Unknowing(), ["picture: c", "tool: the call"], cases=3, progress=False)
-    assert [row.name for row in rows] == ["picture: colour", "picture: count", "tool: the call"]
+    assert [row.name for row in rows] == ["picture: colour", "picture: count", "picture: count, thinking disabled",
+                                          "tool: the call"]  # fmt: skip
     with pytest.raises(ValueError, match="juggling"):
         examination.evaluate(Unknowing(), ["juggling"], cases=1)
 
@@ -95,6 +102,22 @@ def test_all_three_modes_of_arithmetic_see_the_same_problems():
         cases = [exam.sample(random.Random(f"exam 0 {exam.seed} {number}")) for exam in rows]
         assert len({str(case.facts["problems"]) for case in cases}) == 1
         assert [case.thinking for case in cases] == ["enabled", "disabled", "adaptive"]
+
+
+def test_the_mode_is_adaptive_unless_the_row_names_another():
+    for exam in exams():
+        named = exam.name.rpartition("thinking ")[2] if "thinking " in exam.name else "adaptive"
+        assert {exam.sample(random.Random(number)).thinking for number in range(5)} == {named}, exam.name
+
+
+def test_what_thinking_is_worth_is_measured_on_the_same_pictures():
+    rows = {exam.name: exam for exam in exams()}
+    for kind in ("count", "relation"):
+        pair = [rows[f"picture: {kind}"], rows[f"picture: {kind}, thinking disabled"]]
+        assert pair[1].bar is None
+        for number in range(10):
+            cases = [exam.sample(random.Random(f"exam 0 {exam.seed} {number}")) for exam in pair]
+            assert len({str(case.facts["things"]) + str(case.expects) for case in cases}) == 1
 
 
 def test_wilson_is_the_known_interval():

@@ -109,9 +109,7 @@ def sample(rng: random.Random, split: str, thinking: str | None = None, least: i
         easy = split == "train" and rng.random() < 0.25
         a, op, b = problem(rng, split, least, 0 if easy else most)
         talk.ask(phrase(rng, PLUS if op == "+" else MINUS, a=a, b=b))
-        talk.answer(str(a + b if op == "+" else a - b))
-        thinks = talk.thinking == "enabled" or (talk.thinking == "adaptive" and carries(a, op, b) > 0)
-        if thinks:
-            talk.messages[-1]["reasoning_content"] = scratchpad(a, op, b)
+        result = str(a + b if op == "+" else a - b)
+        talk.answer(result, thought=scratchpad(a, op, b), hard=carries(a, op, b) > 0)
         problems.append((a, op, b))
     return talk.case(problems=problems)

@@ -81,10 +81,12 @@ class Talk:
         self.messages.append({"role": "user", "content": parts if media else text})
         return self
 
-    def answer(self, text: str, *, thought: str | None = None, expect: Expect | None = None, calls=None) -> Talk:
-        """`thought` is used when the mode is enabled (the caller decides for adaptive by `think=`, see arithmetic)."""
+    def answer(
+        self, text: str, *, thought: str | None = None, hard: bool = False, expect: Expect | None = None, calls=None
+    ) -> Talk:
+        """`thought` is used when the mode is enabled, and when it is adaptive and the question is `hard`."""
         message: dict[str, Any] = {"role": "assistant", "content": text}
-        if thought and self.thinking == "enabled":
+        if thought and (self.thinking == "enabled" or (hard and self.thinking == "adaptive")):
             message["reasoning_content"] = thought
         if calls:
             message["tool_calls"] = calls

@@ -96,7 +96,7 @@ def film(rng: random.Random, look: Look, actors: list[Actor], frames: int) -> np
     return out
 
 
-def sample(rng: random.Random, split: str, kind: str | None = None) -> Case:
+def sample(rng: random.Random, split: str, kind: str | None = None, thinking: str | None = None) -> Case:
     """One clip and a question (two or three in training); `kind` one of KINDS."""
     first = kind or rng.choice(KINDS)
     frames = rng.choice((4, 6, 8, 8)) if first != "first" else rng.choice((6, 8, 8))
@@ -120,7 +120,7 @@ def sample(rng: random.Random, split: str, kind: str | None = None) -> Case:
             else:
                 still(rng, actor, strip, frames)
     questions = ask(rng, first, order, direction, appear)
-    talk = Talk(rng, f"clip {kind}" if kind else "clips")
+    talk = Talk(rng, f"clip {kind}" if kind else "clips", thinking)
     media = (video(rng, film(rng, look, actors, frames), timed=split == "train"),)
     thought = story(order, direction, appear)
     for text, answer in questions[:1] if kind else questions[: rng.randint(1, 3)]:

@@ -10,6 +10,7 @@ import random
 from openm3.train.recipes.nano import pictures
 from openm3.train.recipes.nano.case import Case, Talk, phrase
 from openm3.train.recipes.nano.drawing import Thing, scene
+from openm3.train.recipes.nano.pictures import Question
 from openm3.train.recipes.nano.words import NAMES, a, sentence
 
 INTENTS = {
@@ -89,70 +90,62 @@ def chat(rng: random.Random, split: str) -> Case:
     return talk.case()
 
 
-def follow_up(rng: random.Random, thing: Thing) -> tuple[str, str]:
+def follow_up(rng: random.Random, thing: Thing) -> Question:
     """A question about the object last spoken of."""
     kind = rng.choice(("shape", "colour", "place"))
     if kind == "shape":
-        return phrase(
-            rng, ("And what shape is it?", "What shape is it?", "What shape does it have?", "Its shape?")
-        ), f"It is {a(thing.shape)}."
-    if kind == "colour":
-        asks = (
-            "And what colour is it?",
-            "What color is it?",
-            "What colour does it have?",
-            "And its color?",
-            "Which colour?",
-        )
-        return phrase(rng, asks), f"It is {thing.colour}."
-    asks = ("Where is it?", "And where is it?", "Where exactly?", "In which place is it?", "What is its position?")
-    return phrase(rng, asks), f"It is {pictures.at(thing.place)}."
+        asks = ("And what shape is it?", "What shape is it?", "What shape does it have?", "Its shape?")
+        answer = f"It is {a(thing.shape)}."
+    elif kind == "colour":
+        asks = ("And what colour is it?", "What color is it?", "What colour does it have?", "And its color?",
+                "Which colour?")  # fmt: skip
+        answer = f"It is {thing.colour}."
+    else:
+        asks = ("Where is it?", "And where is it?", "Where exactly?", "In which place is it?", "What is its position?")
+        answer = f"It is {pictures.at(thing.place)}."
+    return Question(phrase(rng, asks), answer, pictures.seen(thing))
 
 
-def opening(rng: random.Random, things: list[Thing]) -> tuple[str, str, Thing]:
-    """A question that singles out one object, by place or by name, its answer, and the object."""
+def opening(rng: random.Random, things: list[Thing]) -> tuple[Question, Thing]:
+    """A question that singles out one object, by place or by name, and the object."""
     thing = rng.choice(things)
     place = pictures.at(thing.place)
     named = pictures.unique(things, lambda other: other.name)
-    if thing in named and rng.random() < 0.4:
-        return phrase(rng, ("Where is the {n}?", "Do you see the {n}? Where?"), n=thing.name), f"It is {place}.", thing
     roll = rng.random()
-    if roll < 0.4:
+    if thing in named and rng.random() < 0.4:
+        text = phrase(rng, ("Where is the {n}?", "Do you see the {n}? Where?"), n=thing.name)
+        answer = f"It is {place}."
+    elif roll < 0.4:
         text = phrase(rng, ("What is {p}?", "What do you see {p}?", "Which object is {p}?"), p=place)
-        return text, sentence(f"it is {a(thing.name)}"), thing
-    if roll < 0.7:
-        return phrase(rng, ("What shape is {p}?", "Which shape is {p}?"), p=place), f"It is {a(thing.shape)}.", thing
-    return (
-        phrase(rng, ("What colour is the object {p}?", "What color is {p}?"), p=place),
-        f"It is {thing.colour}.",
-        thing,
-    )
+        answer = sentence(f"it is {a(thing.name)}")
+    elif roll < 0.7:
+        text = phrase(rng, ("What shape is {p}?", "Which shape is {p}?"), p=place)
+        answer = f"It is {a(thing.shape)}."
+    else:
+        text = phrase(rng, ("What colour is the object {p}?", "What color is {p}?"), p=place)
+        answer = f"It is {thing.colour}."
+    return Question(text, answer, pictures.seen(thing)), thing
 
 
-def sample(rng: random.Random, split: str, kind: str | None = None) -> Case:
+def sample(rng: random.Random, split: str, thinking: str | None = None) -> Case:
     """Turns about one picture: questions about an object, follow-ups about "it", counting, and talk between them."""
     look, things = scene(rng, pictures.free_pairs(rng, rng.choice((1, 2, 2, 3, 3, 4, 5))))
-    talk = Talk(rng, "dialogue")
+    talk = Talk(rng, "dialogue", thinking)
     media = (pictures.picture(rng, look, things),)
     turns = 3 if split == "test" else rng.randint(3, 5)
     current, looks = None, rng.randrange(turns)  # at least one turn is about the picture
-    seen = False
     for turn in range(turns):
         roll = 0.0 if turn == looks else rng.random()
-        thought = "See above." if seen else pictures.listing(things)
         if current and roll < 0.40:
-            question, answer = follow_up(rng, current)
+            question = follow_up(rng, current)
         elif roll < 0.5:
-            question, answer, current = opening(rng, things)
+            question, current = opening(rng, things)
         elif roll < 0.6:
-            question, answer = pictures.ask_count(rng, things) or pictures.ask_all(rng, things)
-            current = None
+            question, current = pictures.ask_count(rng, things) or pictures.ask_all(rng, things), None
         elif roll < 0.65 and not media:
-            question, answer, current = *pictures.ask_all(rng, things), None
+            question, current = pictures.ask_all(rng, things), None
         else:
-            question, answer = small_talk(rng)
-            thought = "This is talk."
-        seen = seen or thought != "This is talk."
-        talk.ask(question, *media).answer(answer, thought=thought)
+            question = Question(*small_talk(rng), "This is talk.")
+        talk.ask(question.text, *media).answer(question.answer, thought=question.thought, hard=question.hard)
         media = ()
     return talk.case(things=things)

@@ -97,9 +97,9 @@ def digits_image(rng: random.Random, numbers: list[int]) -> np.ndarray:
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def sample(rng: random.Random, split: str) -> Case:
+def sample(rng: random.Random, split: str, thinking: str | None = None) -> Case:
     """Two or three pictures with a question each in training, one in the examination."""
-    talk = Talk(rng, "digits")
+    talk = Talk(rng, "digits", thinking)
     used, texts = [], []
     for _ in range(1 if split == "test" else rng.choice((1, 2, 3))):
         values = [rng.randrange(10) for _ in range(rng.randint(1, 3))]

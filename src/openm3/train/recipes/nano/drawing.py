@@ -1,7 +1,7 @@
 """Draws scenes of coloured shapes into uint8 arrays, fast: shapes are alpha masks, drawn once at a size and kept.
 
 A scene lives on a canvas of multiples of 28 pixels (one token of the language model sees 28 x 28), so the processor
-leaves its pixels as they are. A place is one of nine, and objects keep clear of the borders between them.
+leaves its pixels as they are. A place is one of nine, and every object lies in its own ninth, clear of the borders.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ COLOURS = {
     "black": (18, 18, 20), "white": (250, 250, 250),
 }  # fmt: skip
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+MARGIN = 0.07  # of a ninth's side: how far an object keeps from its borders
+SIDES = (84, 112, 140)  # pixels of most pictures
 BACKGROUNDS = ((255, 255, 255), (243, 243, 238), (232, 224, 205), (214, 226, 236), (205, 215, 200), (190, 190, 190),
                (128, 128, 128), (72, 72, 78), (44, 50, 62), (20, 20, 24))  # fmt: skip
 
@@ -140,24 +142,19 @@ def shade(rng: random.Random, colour: str) -> tuple[int, ...]:
     return tuple(min(255, max(0, c + rng.randint(-14, 14))) for c in COLOURS[colour])
 
 
-def spot(rng: random.Random, look: Look, place: int, largest: float = 0.92) -> tuple[float, float, int]:
-    """Centre and size of an object at a place: inside its ninth of the canvas, unless that is very small."""
+def spot(rng: random.Random, look: Look, place: int) -> tuple[float, float, int]:
+    """Centre and size of an object at a place: anywhere in its ninth of the canvas, MARGIN away from the borders."""
     row, column = divmod(place, 3)
     cell = min(look.height, look.width) / 3
-    size = round(max(18, rng.uniform(0.62, largest) * cell)) if cell < 56 else round(rng.uniform(20, 0.8 * cell))
-    x = (column + 0.5 + rng.uniform(-0.24, 0.24)) * look.width / 3
-    y = (row + 0.5 + rng.uniform(-0.24, 0.24)) * look.height / 3
-    x, y = settle(x, size, column, look.width), settle(y, size, row, look.height)
-    return x, y, size
+    size = max(18, round(rng.uniform(0.64, 0.84) * cell)) if cell < 56 else round(rng.uniform(0.45, 0.8) * cell)
+    return within(rng, size, column, look.width), within(rng, size, row, look.height), size
 
 
-def settle(at: float, size: int, index: int, extent: int) -> float:
-    """Pulls a coordinate in so that the object stays in its third (and in the picture)."""
+def within(rng: random.Random, size: int, index: int, extent: int) -> float:
+    """A coordinate at which an object of that size stays in third number `index` of the extent."""
     third = extent / 3
-    low, high = index * third + size / 2, (index + 1) * third - size / 2
-    if low > high:  # the object is wider than a third: centre it there, but keep it in the picture
-        low = high = (index + 0.5) * third
-    return min(max(at, low, size / 2), high, extent - size / 2) if size < extent else extent / 2
+    slack = max(0.0, (0.5 - MARGIN) * third - size / 2)
+    return (index + 0.5) * third + rng.uniform(-slack, slack)
 
 
 def render(rng: random.Random, look: Look, things: list[Thing]) -> np.ndarray:
@@ -169,24 +166,26 @@ def render(rng: random.Random, look: Look, things: list[Thing]) -> np.ndarray:
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def canvas_size(rng: random.Random, n: int) -> tuple[int, int]:
-    """Height and width for n objects: square, or one token wider than high; a number of tokens means one size only.
+def canvas_size(rng: random.Random) -> tuple[int, int]:
+    """Height and width: mostly small squares, now and then a large one, or one a token wider than high.
 
-    The tower's positions are relative and a plain background looks the same everywhere, so the decoder learns where a
-    token lies in the picture from its number in the row of tokens and from how many there are."""
-    if rng.random() < 0.03:
+    A number of tokens means one size only: the tower's positions are relative and a plain background looks the same
+    everywhere, so the decoder learns where a token lies from its number in the row of tokens and how many there are."""
+    roll = rng.random()
+    if roll < 0.04:
         return (side := TILE * rng.randint(6, 8), side)
-    small = 2 if n == 1 and rng.random() < 0.3 else 3
-    height = rng.randint(small, 5 if n > 1 else 4)
-    width = height + (rng.random() < 0.35 and 2 < height < 5)
-    return height * TILE, width * TILE
+    side = rng.choices(SIDES, (9, 5, 5))[0]
+    if roll < 0.09:
+        side = min(side, 112)
+        return side, side + TILE
+    return side, side
 
 
 def scene(
     rng: random.Random, pairs: list[tuple[str, str]], places: list[int] | None = None
 ) -> tuple[Look, list[Thing]]:
     """Places (colour, shape) pairs on a background on which all of them stand out; places are drawn where not given."""
-    height, width = canvas_size(rng, len(pairs))
+    height, width = canvas_size(rng)
     look = Look.draw(rng, height, width)
     while not all(look.visible(colour) for colour, _ in pairs):
         look = Look.draw(rng, height, width)

@@ -1,7 +1,10 @@
 """The examination: held-out cases answered through `LLM.chat_batch`, each figure with its Wilson 95 % interval.
 
-Answers are greedy. In a dialogue the model's own earlier answers stand in the history. Results are written as JSON
-with the device's name, and rendered into the table of docs/nano.md between its two marks.
+Answers are greedy, and the thinking mode is the model's default, adaptive: what a user gets who chooses none. Only rows
+that name a mode are asked in that one: arithmetic in all three, and counting and relations, for which adaptive thinks,
+also with thinking disabled, over the same cases, so that the table shows what thinking is worth there. In a dialogue
+the model's own earlier answers stand in the history. Results are written as JSON with the device's name, and rendered
+into the table of docs/nano.md between its two marks.
 """
 
 from __future__ import annotations

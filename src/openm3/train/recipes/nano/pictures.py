@@ -1,7 +1,13 @@
 """Questions about a rendered picture: shape, colour, place, relation of two objects, counting, describing.
 
 One picture carries several questions in training (it costs more tokens than they do) and one in the examination.
-With thinking enabled the model first says what it sees, object by object in reading order, and later refers to that.
+A thought names what the question is about, step by step, so that the answer is a copy of its end:
+
+    one object      red circle top left
+    how many        1 red circle top left, 2 red star right: 2          (in reading order)
+    relation        red circle top left, blue star right: left of; yes
+
+Counting and relations are the hard ones: adaptive thinks for these two only.
 """
 
 from __future__ import annotations
@@ -9,14 +15,24 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 from openm3.train.recipes.nano.case import Case, Talk, phrase
 from openm3.train.recipes.nano.drawing import COLOURS, PLACES, SHAPES, Look, Thing, render, scene
 from openm3.train.recipes.nano.words import a, sentence
 
 KINDS = ("shape", "colour", "position", "relation", "count")
+TAUGHT = (*KINDS, "position", "relation", "count")  # what training asks: the harder kinds twice as often
 MOST = 6  # the largest count asked for
-Question = tuple[str, str]  # what is asked, the right answer
+
+
+class Question(NamedTuple):
+    """What is asked, the right answer, what to think before it, and whether adaptive thinks it."""
+
+    text: str
+    answer: str
+    thought: str
+    hard: bool = False
 
 
 def picture(rng: random.Random, look: Look, things: list[Thing]) -> dict:
@@ -25,7 +41,12 @@ def picture(rng: random.Random, look: Look, things: list[Thing]) -> dict:
 
 def listing(things: list[Thing]) -> str:
     """What the picture shows, in reading order: `red circle top left, blue star right`."""
-    return ", ".join(f"{thing.name} {PLACES[thing.place]}" for thing in things)
+    return ", ".join(map(seen, things))
+
+
+def seen(thing: Thing) -> str:
+    """An object and its place, as thoughts write it."""
+    return f"{thing.name} {PLACES[thing.place]}"
 
 
 def at(place: int) -> str:
@@ -61,7 +82,7 @@ def ask_shape(rng: random.Random, things: list[Thing]) -> Question | None:
         thing = rng.choice(things)
         text = phrase(rng, ("What shape is {p}?", "Which shape is {p}?", "What shape is the object {p}?",
                             "What shape do you see {p}?", "Name the shape {p}."), p=at(thing.place))  # fmt: skip
-    return text, sentence(f"it is {a(thing.shape)}")
+    return Question(text, sentence(f"it is {a(thing.shape)}"), seen(thing))
 
 
 def ask_colour(rng: random.Random, things: list[Thing]) -> Question | None:
@@ -79,7 +100,7 @@ def ask_colour(rng: random.Random, things: list[Thing]) -> Question | None:
         thing = rng.choice(things)
         text = phrase(rng, ("What {w} is the object {p}?", "What {w} is {p}?", "Which {w} do you see {p}?",
                             "What is the {w} of the object {p}?"), w=word, p=at(thing.place))  # fmt: skip
-    return text, f"It is {thing.colour}."
+    return Question(text, f"It is {thing.colour}.", seen(thing))
 
 
 def ask_position(rng: random.Random, things: list[Thing]) -> Question | None:
@@ -92,15 +113,12 @@ def ask_position(rng: random.Random, things: list[Thing]) -> Question | None:
     text = phrase(rng, ("Where is the {n}?", "Where do you see the {n}?", "In which place is the {n}?",
                         "What is the position of the {n}?", "Where in the picture is the {n}?", "Find the {n}.",
                         "Tell me where the {n} is."), n=name)  # fmt: skip
-    return text, f"It is {at(thing.place)}."
+    return Question(text, f"It is {at(thing.place)}.", seen(thing))
 
 
-RELATIONS = {
-    "left of": (1, -1),
-    "right of": (1, 1),
-    "above": (0, -1),
-    "below": (0, 1),
-}  # (axis of divmod(place, 3), sign)
+RELATIONS = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}  # axis of a place, sign
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+MORE = {"left of": "more to the left", "right of": "more to the right", "above": "higher", "below": "lower"}
 
 
 def ask_relation(rng: random.Random, things: list[Thing]) -> Question | None:
@@ -113,17 +131,19 @@ def ask_relation(rng: random.Random, things: list[Thing]) -> Question | None:
     apart = sign * (divmod(one.place, 3)[axis] - divmod(other.place, 3)[axis])
     if apart == 0:
         return None
+    holds = apart > 0
+    thought = f"{seen(one)}, {seen(other)}: {relation if holds else OPPOSITE[relation]}; "
     if rng.random() < 0.65:
         text = phrase(rng, ("Is the {a} {r} the {b}?", "Is the {a} {r} the {b} or not?",
                             "The {a} is {r} the {b}, right?",
                             "Would you say the {a} is {r} the {b}?"), a=one.name, b=other.name, r=relation)  # fmt: skip
-        holds = apart > 0
-        return text, (f"Yes, the {one.name} is {relation} the {other.name}." if holds else
-                      f"No, the {one.name} is not {relation} the {other.name}.")  # fmt: skip
+        answer = (f"Yes, the {one.name} is {relation} the {other.name}." if holds else
+                  f"No, the {one.name} is not {relation} the {other.name}.")  # fmt: skip
+        return Question(text, answer, thought + ("yes" if holds else "no"), hard=True)
     asks = ("Which is {d}, the {a} or the {b}?", "What is {d}: the {a} or the {b}?")
-    words = {"left of": "more to the left", "right of": "more to the right", "above": "higher", "below": "lower"}
-    text = phrase(rng, asks, d=words[relation], a=one.name, b=other.name)
-    return text, f"The {(one if apart > 0 else other).name}."
+    text = phrase(rng, asks, d=MORE[relation], a=one.name, b=other.name)
+    name = (one if holds else other).name
+    return Question(text, f"The {name}.", thought + name, hard=True)
 
 
 def ask_count(rng: random.Random, things: list[Thing], what: str | None = None) -> Question | None:
@@ -133,23 +153,27 @@ def ask_count(rng: random.Random, things: list[Thing], what: str | None = None) 
         if rng.random() < 0.1:
             choices = [rng.choice(list(COLOURS)), rng.choice(SHAPES)]  # often none of these
         what = rng.choice(choices)
+    noun = rng.choice(("objects", "shapes", "things"))
     if what == "all":
-        n, name = len(things), rng.choice(("objects", "shapes", "things"))
+        counted, name = things, noun
     elif what in COLOURS:
-        n, name = sum(thing.colour == what for thing in things), f"{what} {rng.choice(('objects', 'shapes', 'things'))}"
+        counted, name = [thing for thing in things if thing.colour == what], f"{what} {noun}"
     else:
-        n, name = sum(thing.shape == what for thing in things), plural(what)
+        counted, name = [thing for thing in things if thing.shape == what], plural(what)
+    n = len(counted)
     if n > MOST:
         return None
     text = phrase(rng, ("How many {n} are there?", "How many {n} do you see?", "Count the {n}.", "How many {n}?",
                         "How many {n} are in the picture?", "What is the number of {n}?"), n=name)  # fmt: skip
-    return text, (f"There are {n}." if n != 1 else "There is 1.")
+    steps = ", ".join(f"{i} {seen(thing)}" for i, thing in enumerate(counted, 1)) or "none"
+    return Question(text, f"There are {n}." if n != 1 else "There is 1.", f"{steps}: {n}", hard=True)
 
 
 def ask_all(rng: random.Random, things: list[Thing]) -> Question:
     text = phrase(rng, ("What do you see?", "Describe the picture.", "What is in this picture?", "Describe this image.",
                         "List the objects.", "What does the image show?"))  # fmt: skip
-    return text, sentence(", ".join(f"{a(thing.name)} {at(thing.place)}" for thing in things))
+    answer = sentence(", ".join(f"{a(thing.name)} {at(thing.place)}" for thing in things))
+    return Question(text, answer, listing(things))
 
 
 def plural(shape: str) -> str:
@@ -182,9 +206,13 @@ def counting_scene(rng: random.Random) -> tuple[Look, list[Thing], str]:
     return *scene(rng, pairs), counted
 
 
-def sample(rng: random.Random, split: str, kind: str | None = None, turns: int | None = None) -> Case:
-    """Questions about one picture. `kind` one of KINDS (a single question, as examined) or None (a mix of `turns`)."""
-    first = kind or rng.choice((*KINDS, "count"))
+def sample(
+    rng: random.Random, split: str, kind: str | None = None, turns: int | None = None, thinking: str | None = None
+) -> Case:
+    """Questions about one picture. `kind` one of KINDS (a single question, as examined) or None (a mix of `turns`).
+
+    To describe the whole picture is asked last only, as its answer would give away all later ones."""
+    first = kind or rng.choice(TAUGHT)
     question = None
     while question is None:
         what = None
@@ -195,13 +223,22 @@ def sample(rng: random.Random, split: str, kind: str | None = None, turns: int |
                 rng, free_pairs(rng, rng.choice((1, 2, 2, 3, 3, 4, 5, 6) if first != "relation" else (2, 3, 4, 5)))
             )
         question = ask_count(rng, things, what) if what else ASKS[first](rng, things)
-    talk = Talk(rng, f"picture {kind}" if kind else "pictures")
+    talk = Talk(rng, f"picture {kind}" if kind else "pictures", thinking)
     media = (picture(rng, look, things),)
-    for turn in range(1 if kind else turns or rng.randint(3, 6)):
-        if turn:
-            ask = rng.choice(list(ASKS.values())) if rng.random() < 0.9 else ask_all
-            question = ask(rng, things) or ask_shape(rng, things)
-        thought = "See above." if turn else listing(things)
-        talk.ask(question[0], *media).answer(question[1], thought=thought)
-        media = ()
+    turns, given = 1 if kind else turns or rng.randint(3, 6), []
+    while question is not None:
+        talk.ask(question.text, *media).answer(question.answer, thought=question.thought, hard=question.hard)
+        given, media = [*given, question.answer], ()
+        question = another(rng, things, given, turns - len(given))
     return talk.case(things=things, look=look, kind=first)
+
+
+def another(rng: random.Random, things: list[Thing], given: list[str], left: int) -> Question | None:
+    """The next question, its answer not `given` before, while `left` of them are to come and the scene allows one."""
+    if left == 1 and rng.random() < 0.35:
+        return ask_all(rng, things)
+    for _ in range(8 if left else 0):
+        question = ASKS[rng.choice(TAUGHT)](rng, things)
+        if question is not None and question.answer not in given:
+            return question
+    return None

@@ -89,13 +89,15 @@ def length(rng: random.Random, longest: int) -> int:
     return min(rng.randint(low, high), longest)
 
 
-def sample(rng: random.Random, split: str, kind: str | None = None, longest: int = LONGEST) -> Case:
+def sample(
+    rng: random.Random, split: str, kind: str | None = None, longest: int = LONGEST, thinking: str | None = None
+) -> Case:
     """`kind` one of SIZES (one question), or None: any length up to `longest`, several questions."""
     tokens = SIZES[kind] if kind else length(rng, longest)
     n = min(32, max(2, round(tokens / rng.randint(40, 250))))
     known = facts(rng, n)
     text = document(rng, split, tokens, [state(fact) for fact in known])
-    talk = Talk(rng, f"retrieval {kind}" if kind else "retrieval")
+    talk = Talk(rng, f"retrieval {kind}" if kind else "retrieval", thinking)
     turns = 1 if kind else min(n, rng.randint(2, 4) + tokens // 700)
     for turn, fact in enumerate(rng.sample(known, turns)):
         question = phrase(rng, ASKS, k=fact[0], e=fact[1])

@@ -15,12 +15,12 @@ from openm3.train.recipes.nano.retrieval import LONGEST
 from openm3.train.recipes.nano.tasks import TASKS
 
 MIX = {  # share of the tokens
-    "pictures": 0.21, "digits": 0.07, "clips": 0.12, "retrieval": 0.20, "arithmetic": 0.12, "tools": 0.14,
-    "dialogue": 0.06, "chat": 0.015, "document": 0.02, "continue": 0.01, "echo": 0.035,
+    "pictures": 0.38, "digits": 0.05, "clips": 0.07, "retrieval": 0.12, "arithmetic": 0.13, "tools": 0.15,
+    "dialogue": 0.05, "chat": 0.01, "document": 0.01, "continue": 0.005, "echo": 0.025,
 }  # fmt: skip
 TYPICAL = {  # tokens of a typical sample, measured; they turn shares of tokens into chances of a draw
-    "pictures": 177, "digits": 98, "clips": 138, "retrieval": 1080, "arithmetic": 152, "tools": 345,
-    "dialogue": 148, "chat": 127, "document": 103, "continue": 125, "echo": 168,
+    "pictures": 179, "digits": 98, "clips": 135, "retrieval": 1080, "arithmetic": 150, "tools": 508,
+    "dialogue": 149, "chat": 126, "document": 104, "continue": 125, "echo": 169,
 }  # fmt: skip
 START = 1024  # the longest document at first
 

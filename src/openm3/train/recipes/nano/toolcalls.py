@@ -2,6 +2,11 @@
 
 One to three tools stand in the request. The user's words name the purpose or the tool, and the values of the
 parameters; the call follows in the order in which the user gave them. Then the tool answers and the model uses that.
+
+Every request is decided by the schemas: no two tools of a case do something with the same object, no two have the same
+name, and whether a value is a word or a list of one is what its parameter says. Two things are hard in it, and training
+has more of both than the examination: a tool whose made-up name says nothing of its purpose, so that only the
+description tells, and lists beside strings.
 """
 
 from __future__ import annotations
@@ -52,11 +57,15 @@ class Tool:
     parameters: tuple[Parameter, ...]
     required: tuple[str, ...]
 
+    @property
+    def purpose(self) -> str:
+        return f"{self.verb.capitalize()} the {self.object}"
+
     def schema(self) -> dict[str, Any]:
         """The tool in the OpenAI shape."""
         properties = {parameter.name: parameter.schema() for parameter in self.parameters}
         return {"type": "function", "function": {
-            "name": self.name, "description": f"{self.verb.capitalize()} the {self.object}.",
+            "name": self.name, "description": f"{self.purpose}.",
             "parameters": {"type": "object", "properties": properties, "required": list(self.required)},
         }}  # fmt: skip
 
@@ -65,26 +74,49 @@ def word(rng: random.Random, real: list[str], share: float = 0.4) -> str:
     return rng.choice(real) if rng.random() < share else made_up(rng)
 
 
-def make_tool(rng: random.Random, taken: list[str]) -> Tool:
+def make_tools(rng: random.Random, split: str) -> list[Tool]:
+    """One to three tools with different names and different objects."""
+    n = rng.choice((1, 2, 2, 3) if split == "test" else (1, 2, 2, 3, 3))
+    tools: list[Tool] = []
+    while len(tools) < n:
+        tool = make_tool(rng, split, [other.object for other in tools])
+        if tool.name not in [other.name for other in tools]:
+            tools.append(tool)
+    return tools
+
+
+def make_tool(rng: random.Random, split: str, taken: list[str]) -> Tool:
     """A tool with one to four parameters; names are words, made-up words, or both joined as programmers do."""
     verb, thing = rng.choice(VERBS), word(rng, THINGS)
     while thing in taken:
         thing = made_up(rng)
-    taken.append(thing)
-    style = rng.random()
-    name = (f"{verb}_{thing}" if style < 0.5 else f"{verb}{thing.capitalize()}" if style < 0.6 else made_up(rng)
-            if style < 0.75 else f"{made_up(rng)}_{thing}" if style < 0.9 else f"{thing}.{verb}")  # fmt: skip
-    names = distinct(rng, lambda: word(rng, FIELDS) + (f"_{word(rng, FIELDS)}" if rng.random() < 0.15 else ""),
-                     rng.choice((1, 2, 2, 3, 3, 4)))  # fmt: skip
+    if split == "train" and rng.random() < 0.35:
+        name = made_up(rng)
+    else:
+        style = rng.random()
+        name = (f"{verb}_{thing}" if style < 0.5 else f"{verb}{thing.capitalize()}" if style < 0.6 else made_up(rng)
+                if style < 0.75 else f"{made_up(rng)}_{thing}" if style < 0.9 else f"{thing}.{verb}")  # fmt: skip
+    n = rng.choice((1, 2, 2, 3, 3, 4))
+    names = field_names(rng, n)
+    kinds = [rng.choice(TYPES) for _ in range(n)]
+    if split == "train" and n > 1 and rng.random() < 0.35:
+        kinds = rng.sample(["list", rng.choice(("string", "string", "enum")), *kinds[2:]], n)
     parameters = []
-    for field in names:
-        kind = rng.choice(TYPES)
+    for field, kind in zip(names, kinds):
         options = (
             tuple(distinct(rng, lambda: word(rng, COLOURS + NOUNS, 0.5), rng.randint(2, 4))) if kind == "enum" else ()
         )
         parameters.append(Parameter(field, kind, options))
     required = tuple(p.name for p in parameters if rng.random() < 0.7)
     return Tool(name, verb, thing, tuple(parameters), required)
+
+
+def field_names(rng: random.Random, n: int) -> list[str]:
+    """n parameter names; none is the beginning of another (`user`, `user_place`), so that a request reads one way."""
+    while True:
+        names = distinct(rng, lambda: word(rng, FIELDS) + (f"_{word(rng, FIELDS)}" if rng.random() < 0.15 else ""), n)
+        if not any(longer.startswith(f"{name}_") for name in names for longer in names):
+            return names
 
 
 def value(rng: random.Random, parameter: Parameter) -> Any:
@@ -147,27 +179,45 @@ def response(rng: random.Random, field: str | None) -> tuple[str, str]:
     return json.dumps(content), f"The {field} is {content[field]}."
 
 
-def sample(rng: random.Random, split: str, kind: str | None = None) -> Case:
-    """`kind`: "call" examines the call, "answer" the use of the result (the call is given); None teaches both."""
-    taken: list[str] = []
-    tools = distinct(rng, lambda: make_tool(rng, taken), rng.choice((1, 2, 2, 3)))
-    tool = rng.choice(tools)
-    given = [p for p in tool.parameters if p.name in tool.required or rng.random() < 0.6]
-    given = rng.sample(given, len(given)) if rng.random() < 0.4 else given
-    arguments = {parameter.name: value(rng, parameter) for parameter in given}
-    field = word(rng, RESULTS) if rng.random() < 0.75 else None
-    talk = Talk(rng, f"tool {kind}" if kind else "tools", tools=[tool.schema() for tool in tools])
-    if kind is None and rng.random() < 0.08:
+def sample(rng: random.Random, split: str, kind: str | None = None, thinking: str | None = None) -> Case:
+    """`kind`: "call" examines the call, "answer" the use of the result (the call is given); None teaches both.
+
+    In training up to three requests go to the same tools; sometimes it is asked which tool does what, or just talk."""
+    tools = make_tools(rng, split)
+    talk = Talk(rng, f"tool {kind}" if kind else "tools", thinking, tools=[tool.schema() for tool in tools])
+    roll = rng.random() if split == "train" else 1.0
+    if roll < 0.06:
         question, answer = small_talk(rng)
-        talk.ask(question).answer(answer, thought="No tool is needed.")
-        return talk.case(arguments=None)
-    call = {"id": f"call_{rng.randrange(10**6)}", "type": "function",
-            "function": {"name": tool.name, "arguments": arguments}}  # fmt: skip
-    talk.ask(request(rng, tool, arguments, field))
-    talk.answer("", thought=f"Use {tool.name}.", calls=[call],
-                expect=Expect("call", (tool.name, arguments)) if kind != "answer" else None)  # fmt: skip
-    if kind != "call":
-        said, answer = response(rng, field)
-        talk.messages.append({"role": "tool", "tool_call_id": call["id"], "content": said})
-        talk.answer(answer, thought=f"The tool gave the {field or 'result'}.")
+        return talk.ask(question).answer(answer, thought="No tool is needed.").case(arguments=None)
+    if roll < 0.16:
+        return which(rng, talk, tools)
+    for _ in range(1 if split == "test" else rng.choice((1, 2, 2, 3))):
+        tool = rng.choice(tools)
+        given = [p for p in tool.parameters if p.name in tool.required or rng.random() < 0.6]
+        given = rng.sample(given, len(given)) if rng.random() < 0.4 else given
+        arguments = {parameter.name: value(rng, parameter) for parameter in given}
+        field = word(rng, RESULTS) if rng.random() < 0.75 else None
+        call = {"id": f"call_{rng.randrange(10**6)}", "type": "function",
+                "function": {"name": tool.name, "arguments": arguments}}  # fmt: skip
+        talk.ask(request(rng, tool, arguments, field))
+        talk.answer("", thought=f"{tool.purpose}: {tool.name}", calls=[call],
+                    expect=Expect("call", (tool.name, arguments)) if kind != "answer" else None)  # fmt: skip
+        if kind != "call":
+            said, answer = response(rng, field)
+            talk.messages.append({"role": "tool", "tool_call_id": call["id"], "content": said})
+            talk.answer(answer, thought=f"The tool gave the {field or 'result'}.")
     return talk.case(tool=tool, arguments=arguments, field=field)
+
+
+def which(rng: random.Random, talk: Talk, tools: list[Tool]) -> Case:
+    """Each tool is asked for by its purpose, or the other way round."""
+    for tool in rng.sample(tools, len(tools)):
+        if rng.random() < 0.75:
+            asks = ("Which tool can {b} the {o}?", "What do I use to {b} the {o}?", "Which one can {b} the {o}?",
+                    "Name the tool to {b} the {o}.")  # fmt: skip
+            talk.ask(phrase(rng, asks, b=tool.verb, o=tool.object))
+            talk.answer(f"Use {tool.name}.", thought=f"{tool.purpose}: {tool.name}")
+        else:
+            talk.ask(phrase(rng, ("What does {n} do?", "What is {n} for?", "What can {n} do?"), n=tool.name))
+            talk.answer(f"{tool.purpose}.", thought=f"{tool.name}: {tool.purpose}")
+    return talk.case(arguments=None)

@@ -1,0 +1,97 @@
+"""Calls of made-up tools: decided by schema and request, scored by name, values and types."""
+
+import ast
+import random
+import re
+
+import numpy as np
+from nano_cases import answers, questions
+
+from openm3.train.recipes.nano import toolcalls
+from openm3.train.recipes.nano.case import Expect
+
+
+def test_calls_use_the_schema_and_the_words_of_the_request():
+    for i in range(300):
+        case = toolcalls.sample(random.Random(i), "test", "call")
+        name, arguments = case.expects[0].value
+        schema = {tool["function"]["name"]: tool["function"]["parameters"] for tool in case.tools}
+        assert len(schema) == len(case.tools)
+        properties = schema[name]["properties"]
+        assert set(schema[name]["required"]) <= set(arguments) <= set(properties)
+        request = questions(case)[0]
+        assert all(toolcalls.spoken(value) in request for value in arguments.values())
+        for key, value in arguments.items():
+            kinds = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list}
+            assert type(value) is kinds[properties[key]["type"]]
+            assert value in properties[key].get("enum", [value])
+        fits = [tool["function"]["name"] for tool in case.tools
+                if tool["function"]["name"] in words(request)
+                or tool["function"]["description"].lower().rstrip(".") in request.lower()]  # fmt: skip
+        assert fits == [name], request
+
+
+def words(text):
+    return re.findall(r"[\w.]*\w", text)
+
+
+def test_a_request_reads_one_way():
+    for i in range(300):
+        for tool in toolcalls.make_tools(random.Random(i), "train"):
+            names = [parameter.name for parameter in tool.parameters]
+            assert not any(b.startswith(a + "_") for a in names for b in names)
+        tools = toolcalls.make_tools(random.Random(i), "test")
+        assert len({tool.object for tool in tools}) == len({tool.name for tool in tools}) == len(tools)
+
+
+def test_training_has_more_of_what_is_hard_in_tools():
+    def shares(split):
+        tools = [tool for i in range(500) for tool in toolcalls.make_tools(random.Random(i), split)]
+        silent = np.mean([tool.object not in tool.name.lower() for tool in tools])
+        kinds = [{parameter.kind for parameter in tool.parameters} for tool in tools]
+        return silent, np.mean(["list" in kind and bool(kind & {"string", "enum"}) for kind in kinds])
+
+    (silent, mixed), (silent_test, mixed_test) = shares("train"), shares("test")
+    assert silent > 0.4 > 0.2 > silent_test > 0.1
+    assert mixed > 0.35 > 0.2 > mixed_test > 0.1
+
+
+def test_every_call_of_a_longer_talk_is_decided_by_its_request():
+    rounds = []
+    for i in range(300):
+        case = toolcalls.sample(random.Random(i), "train")
+        calls = [(case.messages[at - 1]["content"], m["tool_calls"][0]["function"])
+                 for at, m in enumerate(case.messages) if m.get("tool_calls")]  # fmt: skip
+        purposes = {tool["function"]["name"]: tool["function"]["description"][:-1].lower() for tool in case.tools}
+        for request, call in calls:
+            assert call["name"] in words(request) or purposes[call["name"]] in request.lower()
+            assert all(toolcalls.spoken(value) in request for value in call["arguments"].values())
+        rounds.append(len(calls))
+    assert set(rounds) == {0, 1, 2, 3}
+
+
+def test_the_answer_after_a_tool_holds_its_result():
+    for i in range(100):
+        case = toolcalls.sample(random.Random(i), "test", "answer")
+        said = case.messages[-2]["content"]
+        value = answers(case)[-1].rstrip(".").split(" is ", 1)[1]
+        assert value in said
+        if said.startswith("{"):
+            assert str(ast.literal_eval(said)[case.facts["field"] or "result"]) == value
+        assert case.expects[0] is None
+
+
+class Call:
+    def __init__(self, name, arguments):
+        self.name, self.arguments = name, arguments
+
+
+def test_a_call_is_right_only_with_the_same_name_values_and_types():
+    expect = Expect("call", ("f", {"n": 1, "on": True, "l": ["a"]}))
+    assert expect.score("", [Call("f", {"on": True, "n": 1, "l": ["a"]})])
+    for wrong in ({"n": True, "on": True, "l": ["a"]}, {"n": 1, "on": 1, "l": ["a"]}, {"n": 1, "on": True},
+                  {"n": "1", "on": True, "l": ["a"]}, {"n": 1, "on": True, "l": "a"}):  # fmt: skip
+        assert not expect.score("", [Call("f", wrong)])
+    assert not expect.score("", [])
+    assert not expect.score("", [Call("g", expect.value[1])])
+    assert not expect.score("", [Call(*expect.value)] * 2)
