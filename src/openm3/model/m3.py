@@ -166,8 +166,12 @@ class M3(nn.Module):
                 raise ValueError("cache: needs a paged plan that says which pages hold which sequence")
             cu_seqlens = [0, len(input_ids)] if cu_seqlens is None else cu_seqlens
             plan = Plan.packed(cu_seqlens, positions=positions, device=self.device, **plan_args(self.config))
+        elif cu_seqlens is not None or positions is not None:
+            raise ValueError("cu_seqlens and positions belong to the plan, which is given too")
         if (plan.page_table is None) != (cache is None):
             raise ValueError("plan and cache: a paged plan goes with a cache, a packed one without")
+        if cache is not None and plan.block_size != cache.page_size:
+            raise ValueError(f"plan: blocks of {plan.block_size} tokens, the cache has pages of {cache.page_size}")
         if plan.num_queries != len(input_ids):
             raise ValueError(f"input_ids: {len(input_ids)} tokens, the plan has {plan.num_queries}")
         vocab = self.config.text.vocab_size

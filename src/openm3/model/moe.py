@@ -6,6 +6,8 @@ loop over experts, no host sync, and the same order of sums every time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +26,14 @@ class Router(nn.Module):
         self.bias: Tensor
         self.register_buffer("bias", torch.zeros(config.num_local_experts, device=factory.get("device")))
         self.topk, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves as every module does, but `model.to(torch.bfloat16)` leaves the bias in float32, unrounded."""
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype != bias.dtype:
+            self.bias = bias.to(self.bias.device)
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, H] -> chosen experts int64 [T, k], their weights float32 [T, k], all scores float32 [T, E]."""
@@ -74,7 +84,7 @@ class MoE(nn.Module):
         load = torch.zeros_like(self.router.bias).scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
         routed = self.experts(x[order // k], load.cumsum(0).int())
         back = torch.empty_like(order).scatter_(0, order, torch.arange(t * k, device=x.device))
-        routed = (routed[back].view(t, k, -1).float() * weights[..., None]).sum(1).to(x.dtype)
+        routed = (routed[back].unflatten(0, (t, k)).float() * weights[..., None]).sum(1).to(x.dtype)
         shares = load / max(1, t * k)
         means = (scores / scores.sum(-1, keepdim=True)).mean(0)
         return routed + self.shared(x), load, len(load) * (shares * means).sum()
