@@ -126,4 +126,4 @@ class Paged:
 def gap(found: Tensor, wanted: Tensor) -> float:
     """The largest difference relative to the largest value."""
     assert found.shape == wanted.shape
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
