@@ -54,8 +54,9 @@ def plan(name: str, steps: int | None = None) -> Run:
     base = TrainConfig(
         steps=n, tokens_per_batch=TOKENS, optimizer="muon", lr=3e-3, weight_decay=0.05, clip=1.0,
         schedule="wsd", warmup_steps=min(200, n), decay_fraction=SHARES["decay"],
-        precision="bf16", attention="msa", warmup_msa_steps=warmup, index_loss_weight=1.0, index_queries=512, compile=True,
-        router_bias_rate=1e-3, seed=1, log_every=20, save_every=max(1, n // 4), eval_every=max(1, n // 8),
+        precision="bf16", compile=True, attention="msa", warmup_msa_steps=warmup, index_loss_weight=1.0,
+        index_queries=512, router_bias_rate=2e-3, router_aux_weight=1e-2, seed=1, log_every=20,
+        save_every=max(1, n // 4), eval_every=max(1, n // 8),
         workers=min(14, os.cpu_count() or 1), prefetch=4,
     )  # fmt: skip
     if name == "full":
