@@ -63,7 +63,9 @@ def test_thoughts_are_steps_whose_end_is_the_answer():
             things, turn = {pictures.seen(t): t for t in case.facts["things"]}, case.messages[-1]
             steps, _, end = turn["reasoning_content"].partition(": ")
             if kind == "count":
+                named, (steps, _, end) = steps, end.partition(": ")
                 n = int(end)
+                assert named in questions(case)[0]
                 assert turn["content"] == ("There is 1." if n == 1 else f"There are {n}.")
                 numbered = [step.split(" ", 1) for step in steps.split(", ")] if n else []
                 assert [int(number) for number, _ in numbered] == list(range(1, n + 1))
@@ -115,11 +117,28 @@ def test_a_number_of_tokens_means_one_size_of_picture():
 def test_a_picture_is_described_last_if_at_all():
     described = 0
     for i in range(300):
-        said = answers(pictures.sample(random.Random(i), "train"))
-        assert len(said) == len(set(said))
-        assert not any(answer.startswith(("A ", "An ")) for answer in said[:-1])
-        described += said[-1].startswith(("A ", "An "))
-    assert 50 < described < 150
+        shows = []  # the answers about each picture
+        for message in pictures.sample(random.Random(i), "train").messages:
+            if message["role"] == "assistant":
+                shows[-1].append(message["content"])
+            elif message["role"] == "user" and not isinstance(message["content"], str):
+                shows.append([])
+        for said in shows:
+            assert len(said) == len(set(said))
+            assert not any(answer.startswith(("A ", "An ")) for answer in said[:-1])
+            described += said[-1].startswith(("A ", "An "))
+    assert 50 < described < 200
+
+
+def test_a_question_may_stand_before_its_picture_more_often_in_training():
+    def share(split, kind):
+        first = [message["content"][0]["type"] for i in range(300)
+                 for message in pictures.sample(random.Random(i), split, kind).messages
+                 if message["role"] == "user" and not isinstance(message["content"], str)]  # fmt: skip
+        return first.count("text") / len(first)
+
+    assert 0.55 < share("train", None) < 0.75
+    assert 0.14 < share("test", "position") < 0.26
 
 
 def test_objects_are_drawn_where_the_answer_says():

@@ -74,10 +74,12 @@ class Talk:
         self.messages: list[dict[str, Any]] = developer(rng)
         self.expects: list[Expect | None] = []
 
-    def ask(self, text: str, *media: dict[str, Any]) -> Talk:
+    def ask(self, text: str, *media: dict[str, Any], ahead: bool | None = None) -> Talk:
+        """`ahead`: whether the text stands before its media; where not given, it does in one of five."""
         roll = self.rng.random() if media else 1.0
-        part = {"type": "text", "text": "\n" + text if roll < 0.2 else text}
-        parts = [*media, part] if roll < 0.8 else [part, *media]
+        ahead = roll >= 0.8 if ahead is None else ahead
+        part = {"type": "text", "text": "\n" + text if roll < 0.2 and not ahead else text}
+        parts = [part, *media] if ahead else [*media, part]
         self.messages.append({"role": "user", "content": parts if media else text})
         return self
 

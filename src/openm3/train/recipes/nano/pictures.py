@@ -4,7 +4,7 @@ One picture carries several questions in training (it costs more tokens than the
 A thought names what the question is about, step by step, so that the answer is a copy of its end:
 
     one object      red circle top left
-    how many        1 red circle top left, 2 red star right: 2          (in reading order)
+    how many        red things: 1 red circle top left, 2 red star right: 2          (in reading order)
     relation        red circle top left, blue star right: left of; yes
 
 Counting and relations are the hard ones: adaptive thinks for these two only.
@@ -166,7 +166,7 @@ def ask_count(rng: random.Random, things: list[Thing], what: str | None = None) 
     text = phrase(rng, ("How many {n} are there?", "How many {n} do you see?", "Count the {n}.", "How many {n}?",
                         "How many {n} are in the picture?", "What is the number of {n}?"), n=name)  # fmt: skip
     steps = ", ".join(f"{i} {seen(thing)}" for i, thing in enumerate(counted, 1)) or "none"
-    return Question(text, f"There are {n}." if n != 1 else "There is 1.", f"{steps}: {n}", hard=True)
+    return Question(text, f"There are {n}." if n != 1 else "There is 1.", f"{name}: {steps}: {n}", hard=True)
 
 
 def ask_all(rng: random.Random, things: list[Thing]) -> Question:
@@ -209,28 +209,40 @@ def counting_scene(rng: random.Random) -> tuple[Look, list[Thing], str]:
 def sample(
     rng: random.Random, split: str, kind: str | None = None, turns: int | None = None, thinking: str | None = None
 ) -> Case:
-    """Questions about one picture. `kind` one of KINDS (a single question, as examined) or None (a mix of `turns`).
+    """Questions about pictures. `kind` one of KINDS (a single question, as examined) or None (a mix).
+
+    In training, half of the cases are one picture with several questions after it; in the others, one to three
+    pictures, the question stands before its picture: it is harder to learn, and only one question each can be so."""
+    talk = Talk(rng, f"picture {kind}" if kind else "pictures", thinking)
+    ahead = None if kind or turns else rng.random() < 0.5
+    for _ in range(rng.choice((1, 2, 2, 3)) if ahead else 1):
+        count = 1 if kind else turns or (rng.choice((1, 1, 2)) if ahead else rng.randint(3, 6))
+        facts = ask_about(rng, talk, kind, count, ahead)
+    return talk.case(**facts)
+
+
+def ask_about(rng: random.Random, talk: Talk, kind: str | None, turns: int, ahead: bool | None) -> dict:
+    """Adds one picture and up to `turns` questions about it to the talk; returns the facts of the scene.
 
     To describe the whole picture is asked last only, as its answer would give away all later ones."""
-    first = kind or rng.choice(TAUGHT)
-    question = None
+    first, question = kind or rng.choice(TAUGHT), None
     while question is None:
         what = None
         if first == "count":
             look, things, what = counting_scene(rng)
         else:
-            look, things = scene(
-                rng, free_pairs(rng, rng.choice((1, 2, 2, 3, 3, 4, 5, 6) if first != "relation" else (2, 3, 4, 5)))
-            )
+            n = rng.choice((1, 2, 2, 3, 3, 4, 5, 6) if first != "relation" else (2, 3, 4, 5))
+            look, things = scene(rng, free_pairs(rng, n))
         question = ask_count(rng, things, what) if what else ASKS[first](rng, things)
-    talk = Talk(rng, f"picture {kind}" if kind else "pictures", thinking)
-    media = (picture(rng, look, things),)
-    turns, given = 1 if kind else turns or rng.randint(3, 6), []
+    if kind is None and rng.random() < 0.06:
+        question, turns = ask_all(rng, things), 1
+    media, given = (picture(rng, look, things),), []
     while question is not None:
-        talk.ask(question.text, *media).answer(question.answer, thought=question.thought, hard=question.hard)
+        talk.ask(question.text, *media, ahead=ahead)
+        talk.answer(question.answer, thought=question.thought, hard=question.hard)
         given, media = [*given, question.answer], ()
         question = another(rng, things, given, turns - len(given))
-    return talk.case(things=things, look=look, kind=first)
+    return {"things": things, "look": look, "kind": first}
 
 
 def another(rng: random.Random, things: list[Thing], given: list[str], left: int) -> Question | None:
