@@ -1,18 +1,27 @@
-"""A model directory for tests that only need one to be there: the bundled tokenizer and template, random weights."""
+"""What all rooms' tests share: how hypothesis searches, and a model directory for tests that only need one to be there.
+
+Under CI the examples are the same in every run; elsewhere they are drawn anew, to find what nobody thought of.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("search", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "search")
 
 WEIGHTS = Path(__file__).parent.parent / "src" / "openm3" / "weights" / "openm3-nano"
 
 
 @pytest.fixture(scope="session")
 def random_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer M3 with the bundled model's vocabulary and talk of no meaning. Not to be written to."""
+    """The bundled tokenizer and template with random weights: a two-layer M3 with the bundled model's vocabulary and talk of no meaning. Not to be written to."""
     import torch
 
     from openm3.checkpoint import save_model
