@@ -21,7 +21,7 @@ WEIGHTS = Path(__file__).parent.parent / "src" / "openm3" / "weights" / "openm3-
 
 @pytest.fixture(scope="session")
 def random_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled tokenizer and template on a two-layer M3 of random weights, talk of no meaning. Not to be written to."""
+    """The bundled tokenizer and template on two layers of random weights, talk of no meaning. Not to be written to."""
     import torch
 
     from openm3.checkpoint import save_model
