@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from openm3.msa import loss, reference, torch_backend
+from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan
 
 __all__ = ["BACKENDS", "Plan", "dense_attention", "index_loss", "select_blocks", "sparse_attention"]
@@ -24,8 +25,6 @@ __all__ = ["BACKENDS", "Plan", "dense_attention", "index_loss", "select_blocks",
 BACKENDS = ("reference", "torch")
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
-
-Scale = Tensor | float | None
 
 
 def select_blocks(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openm3.msa.keys import Scale, dequantize
 from openm3.msa.plan import Plan
 
 INF = float("inf")
-Scale = Tensor | float | None
 
 
 def fits(plan: Plan) -> bool:
@@ -23,12 +23,8 @@ def fits(plan: Plan) -> bool:
 
 def _gather(cache: Tensor, pages: Tensor, head: Tensor | None, scale: Scale, wide: torch.dtype) -> Tensor:
     """Pages (of one KV head each, where `head` is given), dequantized."""
-    out = (cache[pages] if head is None else cache[pages, head]).to(wide)
-    if cache.dtype.itemsize > 1 or scale is None:
-        return out
-    if isinstance(scale, Tensor) and scale.dim():
-        return out * (scale[pages] if head is None else scale[pages, head])[..., None, None]
-    return out * scale
+    at = pages if head is None else (pages, head)
+    return dequantize(cache[at], scale, at).to(wide)
 
 
 def block_scores(index_q: Tensor, index_k: Tensor, plan: Plan, scale: Scale) -> Tensor:

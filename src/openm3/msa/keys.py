@@ -32,15 +32,18 @@ def pages_of(cache: Tensor, plan: Plan, s: int, first: int, last: int, scale: Sc
         pages = cache[int(ids[0]) : int(ids[0]) + len(ids)]
     else:
         pages = cache[ids.long()]
-    return dequantize(pages, scale, ids)
+    return dequantize(pages, scale, ids.long())
 
 
-def dequantize(pages: Tensor, scale: Scale, ids: Tensor) -> Tensor:
-    """fp8 pages times their scale (one a page and head, one a page, or one number); other dtypes as they are."""
+def dequantize(pages: Tensor, scale: Scale, at: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """`cache[at]`, fp8 times its scale (one for each page and head, one a page, or one number), other dtypes as they are.
+
+    `at`: the pages, or pages and heads, that were taken out of the cache.
+    """
     if pages.dtype.itemsize > 1:
         return pages
     if isinstance(scale, Tensor) and scale.dim():
-        return pages.float() * scale[ids.long()][..., None, None]
+        return pages.float() * scale[at][..., None, None]
     return pages.float() if scale is None else pages.float() * scale
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openm3.msa.keys import Scale, dequantize
 from openm3.msa.plan import Plan
 
 INF = float("inf")
@@ -31,19 +32,13 @@ class Keys:
     v: Tensor
     ids: Tensor | None
     count: int
-    k_scale: Tensor | float | None = None
-    v_scale: Tensor | float | None = None
+    k_scale: Scale = None
+    v_scale: Scale = None
 
-    def take(
-        self, cache: Tensor, scale: Tensor | float | None, block: Tensor, head: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def take(self, cache: Tensor, scale: Scale, block: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
         """[tiles, block, D] of the given blocks and heads, dequantized."""
-        page = block if self.ids is None else self.ids[block]
-        out = cache[page, head].to(dtype)
-        if cache.dtype.itemsize == 1 and scale is not None:
-            per_tile = scale[page, head][:, None, None] if isinstance(scale, Tensor) and scale.dim() else scale
-            out = out * per_tile
-        return out
+        at = (block if self.ids is None else self.ids[block], head)
+        return dequantize(cache[at], scale, at).to(dtype)
 
 
 class Tiles:
