@@ -36,7 +36,7 @@ def pages_of(cache: Tensor, plan: Plan, s: int, first: int, last: int, scale: Sc
 
 
 def dequantize(pages: Tensor, scale: Scale, at: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """`cache[at]`, fp8 times its scale (one for each page and head, one a page, or one number), other dtypes as they are.
+    """`cache[at]`, fp8 times its scale (one for each page and head, one a page, or one number), else as it is.
 
     `at`: the pages, or pages and heads, that were taken out of the cache.
     """
