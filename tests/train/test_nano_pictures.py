@@ -79,18 +79,25 @@ def test_thoughts_are_steps_whose_end_is_the_answer():
                 assert verdict in turn["content"].lower()
                 assert verdict in ("yes", "no", one.name, other.name)
             else:
-                thing = things[steps]
-                said = {"shape": thing.shape, "colour": thing.colour, "position": pictures.at(thing.place)}[kind]
-                assert said in turn["content"]
+                said = {"shape": "shape", "colour": "colour", "position": "place"}[kind]
+                named = [t for t in case.facts["things"] if steps in ("object", t.name, t.shape, t.colour,
+                         f"{t.colour} object", drawing.PLACES[t.place])]  # fmt: skip
+                ends = {drawing.PLACES[t.place] if said == "place" else getattr(t, said) for t in named}
+                assert ends == {end}
+                assert (end if said != "place" else end.removeprefix("centre")) in turn["content"]
+                assert steps == "object" or steps in questions(case)[0]
 
 
-def test_adaptive_thinks_for_counts_and_relations_only():
+def test_adaptive_thinks_for_counts_relations_and_questions_ahead_only():
     for i in range(60):
         for kind in pictures.KINDS:
-            turns = {mode: pictures.sample(random.Random(i), "test", kind, thinking=mode).messages[-1]
+            cases = {mode: pictures.sample(random.Random(i), "test", kind, thinking=mode)
                      for mode in ("enabled", "adaptive", "disabled")}  # fmt: skip
+            turns, case = {mode: case.messages[-1] for mode, case in cases.items()}, cases["adaptive"]
             assert turns["enabled"]["reasoning_content"]
-            assert ("reasoning_content" in turns["adaptive"]) == (kind in ("count", "relation"))
+            (question,) = (m["content"] for m in case.messages if m["role"] == "user")
+            ahead = question[0]["type"] == "text"
+            assert ("reasoning_content" in turns["adaptive"]) == (kind in ("count", "relation") or ahead)
             assert "reasoning_content" not in turns["disabled"]
             assert len({turn["content"] for turn in turns.values()}) == 1
 

@@ -31,6 +31,19 @@ def test_calls_use_the_schema_and_the_words_of_the_request():
         assert fits == [name], request
 
 
+def test_adaptive_thinks_of_the_tool_and_its_types_before_a_call():
+    for i in range(100):
+        turns = {mode: toolcalls.sample(random.Random(i), "test", "answer", thinking=mode).messages
+                 for mode in ("adaptive", "disabled")}  # fmt: skip
+        call, answer = (m for m in turns["adaptive"] if m["role"] == "assistant")
+        function = call["tool_calls"][0]["function"]
+        types = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
+        told = ", ".join(f"{key} {types[type(value)]}" for key, value in function["arguments"].items())
+        assert call["reasoning_content"].endswith(f": {function['name']}: {told or 'nothing'}")
+        assert "reasoning_content" not in answer
+        assert not any("reasoning_content" in message for message in turns["disabled"])
+
+
 def words(text):
     return re.findall(r"[\w.]*\w", text)
 

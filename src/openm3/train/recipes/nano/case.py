@@ -73,11 +73,12 @@ class Talk:
         self.thinking = thinking or rng.choice(MODES)
         self.messages: list[dict[str, Any]] = developer(rng)
         self.expects: list[Expect | None] = []
+        self.ahead = False  # whether the last question stands before its media
 
     def ask(self, text: str, *media: dict[str, Any], ahead: bool | None = None) -> Talk:
         """`ahead`: whether the text stands before its media; where not given, it does in one of five."""
         roll = self.rng.random() if media else 1.0
-        ahead = roll >= 0.8 if ahead is None else ahead
+        self.ahead = ahead = bool(media) and (roll >= 0.8 if ahead is None else ahead)
         part = {"type": "text", "text": "\n" + text if roll < 0.2 and not ahead else text}
         parts = [part, *media] if ahead else [*media, part]
         self.messages.append({"role": "user", "content": parts if media else text})

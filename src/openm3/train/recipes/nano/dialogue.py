@@ -9,7 +9,7 @@ import random
 
 from openm3.train.recipes.nano import pictures
 from openm3.train.recipes.nano.case import Case, Talk, phrase
-from openm3.train.recipes.nano.drawing import Thing, scene
+from openm3.train.recipes.nano.drawing import PLACES, Thing, scene
 from openm3.train.recipes.nano.pictures import Question
 from openm3.train.recipes.nano.words import NAMES, a, sentence
 
@@ -109,22 +109,22 @@ def follow_up(rng: random.Random, thing: Thing) -> Question:
 def opening(rng: random.Random, things: list[Thing]) -> tuple[Question, Thing]:
     """A question that singles out one object, by place or by name, and the object."""
     thing = rng.choice(things)
-    place = pictures.at(thing.place)
+    place, thought = pictures.at(thing.place), f"{PLACES[thing.place]}: "
     named = pictures.unique(things, lambda other: other.name)
     roll = rng.random()
     if thing in named and rng.random() < 0.4:
         text = phrase(rng, ("Where is the {n}?", "Do you see the {n}? Where?"), n=thing.name)
-        answer = f"It is {place}."
+        answer, thought = f"It is {place}.", f"{thing.name}: {PLACES[thing.place]}"
     elif roll < 0.4:
         text = phrase(rng, ("What is {p}?", "What do you see {p}?", "Which object is {p}?"), p=place)
-        answer = sentence(f"it is {a(thing.name)}")
+        answer, thought = sentence(f"it is {a(thing.name)}"), thought + thing.name
     elif roll < 0.7:
         text = phrase(rng, ("What shape is {p}?", "Which shape is {p}?"), p=place)
-        answer = f"It is {a(thing.shape)}."
+        answer, thought = f"It is {a(thing.shape)}.", thought + thing.shape
     else:
         text = phrase(rng, ("What colour is the object {p}?", "What color is {p}?"), p=place)
-        answer = f"It is {thing.colour}."
-    return Question(text, answer, pictures.seen(thing)), thing
+        answer, thought = f"It is {thing.colour}.", thought + thing.colour
+    return Question(text, answer, thought), thing
 
 
 def sample(rng: random.Random, split: str, thinking: str | None = None) -> Case:
@@ -146,6 +146,7 @@ def sample(rng: random.Random, split: str, thinking: str | None = None) -> Case:
             question, current = pictures.ask_all(rng, things), None
         else:
             question = Question(*small_talk(rng), "This is talk.")
-        talk.ask(question.text, *media).answer(question.answer, thought=question.thought, hard=question.hard)
+        talk.ask(question.text, *media)
+        talk.answer(question.answer, thought=question.thought, hard=question.hard or talk.ahead)
         media = ()
     return talk.case(things=things)

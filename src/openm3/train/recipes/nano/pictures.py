@@ -3,11 +3,12 @@
 One picture carries several questions in training (it costs more tokens than they do) and one in the examination.
 A thought names what the question is about, step by step, so that the answer is a copy of its end:
 
-    one object      red circle top left
+    one object      red circle: top left        (what was named, then what was asked for)
     how many        red things: 1 red circle top left, 2 red star right: 2          (in reading order)
     relation        red circle top left, blue star right: left of; yes
 
-Counting and relations are the hard ones: adaptive thinks for these two only.
+Counting and relations are the hard ones, and a question that stands ahead of its picture (the thought says it again
+behind the picture, where it is easy to follow): adaptive thinks for these only.
 """
 
 from __future__ import annotations
@@ -69,38 +70,42 @@ def unique(things: list[Thing], key: Callable[[Thing], str]) -> list[Thing]:
 def ask_shape(rng: random.Random, things: list[Thing]) -> Question | None:
     by_colour = unique(things, lambda thing: thing.colour)
     if len(things) == 1 and rng.random() < 0.5:
-        thing = things[0]
+        thing, named = things[0], "object"
         text = phrase(rng, ("What shape is this?", "What shape do you see?", "Which shape is in the picture?",
                             "What is the shape of the object?", "Name the shape."))  # fmt: skip
     elif by_colour and rng.random() < 0.6:
         thing = rng.choice(by_colour)
+        named = thing.colour
         text = phrase(rng, ("What shape is {c}?", "What shape is the {c} object?", "Which shape is {c}?",
                             "What is the shape of the {c} one?", "What is the {c} thing?",
                             "The {c} object has what shape?"),
                       c=thing.colour)  # fmt: skip
     else:
         thing = rng.choice(things)
+        named = PLACES[thing.place]
         text = phrase(rng, ("What shape is {p}?", "Which shape is {p}?", "What shape is the object {p}?",
                             "What shape do you see {p}?", "Name the shape {p}."), p=at(thing.place))  # fmt: skip
-    return Question(text, sentence(f"it is {a(thing.shape)}"), seen(thing))
+    return Question(text, sentence(f"it is {a(thing.shape)}"), f"{named}: {thing.shape}")
 
 
 def ask_colour(rng: random.Random, things: list[Thing]) -> Question | None:
     by_shape = unique(things, lambda thing: thing.shape)
     word = rng.choice(("colour", "color"))
     if len(things) == 1 and rng.random() < 0.5:
-        thing = things[0]
+        thing, named = things[0], "object"
         text = phrase(rng, ("What {w} is it?", "What {w} is this?", "Which {w} do you see?", "What is its {w}?",
                             "Name the {w} of the object."), w=word)  # fmt: skip
     elif by_shape and rng.random() < 0.6:
         thing = rng.choice(by_shape)
+        named = thing.shape
         text = phrase(rng, ("What {w} is the {s}?", "Which {w} does the {s} have?", "What is the {w} of the {s}?",
                             "The {s} is what {w}?", "Name the {w} of the {s}."), w=word, s=thing.shape)  # fmt: skip
     else:
         thing = rng.choice(things)
+        named = PLACES[thing.place]
         text = phrase(rng, ("What {w} is the object {p}?", "What {w} is {p}?", "Which {w} do you see {p}?",
                             "What is the {w} of the object {p}?"), w=word, p=at(thing.place))  # fmt: skip
-    return Question(text, f"It is {thing.colour}.", seen(thing))
+    return Question(text, f"It is {thing.colour}.", f"{named}: {thing.colour}")
 
 
 def ask_position(rng: random.Random, things: list[Thing]) -> Question | None:
@@ -113,7 +118,7 @@ def ask_position(rng: random.Random, things: list[Thing]) -> Question | None:
     text = phrase(rng, ("Where is the {n}?", "Where do you see the {n}?", "In which place is the {n}?",
                         "What is the position of the {n}?", "Where in the picture is the {n}?", "Find the {n}.",
                         "Tell me where the {n} is."), n=name)  # fmt: skip
-    return Question(text, f"It is {at(thing.place)}.", seen(thing))
+    return Question(text, f"It is {at(thing.place)}.", f"{name}: {PLACES[thing.place]}")
 
 
 RELATIONS = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}  # axis of a place, sign
@@ -239,7 +244,7 @@ def ask_about(rng: random.Random, talk: Talk, kind: str | None, turns: int, ahea
     media, given = (picture(rng, look, things),), []
     while question is not None:
         talk.ask(question.text, *media, ahead=ahead)
-        talk.answer(question.answer, thought=question.thought, hard=question.hard)
+        talk.answer(question.answer, thought=question.thought, hard=question.hard or talk.ahead)
         given, media = [*given, question.answer], ()
         question = another(rng, things, given, turns - len(given))
     return {"things": things, "look": look, "kind": first}

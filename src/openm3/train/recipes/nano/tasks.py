@@ -58,7 +58,7 @@ def exams() -> list[Exam]:
     adaptive = partial(sums, thinking="adaptive")
     out.append(Exam("adaptive thinks: two or more carries", partial(adaptive, least=2), 90, "thinks", max_tokens=6))
     out.append(Exam("adaptive is silent: no carry", partial(adaptive, most=0), 90, "silent", max_tokens=6))
-    out.append(Exam("tool: the call", partial(toolcalls.sample, kind="call", **given), 95, max_tokens=200))
+    out.append(Exam("tool: the call", partial(toolcalls.sample, kind="call", **given), 95, max_tokens=320))
     out.append(Exam("tool: the answer", partial(toolcalls.sample, kind="answer", **given), 95))
     talk = partial(dialogue.sample, **given)
     out.append(Exam("dialogue: each answer", talk, 90, seed="dialogue"))

@@ -6,7 +6,10 @@ parameters; the call follows in the order in which the user gave them. Then the 
 Every request is decided by the schemas: no two tools of a case do something with the same object, no two have the same
 name, and whether a value is a word or a list of one is what its parameter says. Two things are hard in it, and training
 has more of both than the examination: a tool whose made-up name says nothing of its purpose, so that only the
-description tells, and lists beside strings.
+description tells, and lists beside strings. The thought before a call settles both; adaptive thinks it, and no other
+thought of this task:
+
+    Send the parcel: vurir: tags array, speed string
 """
 
 from __future__ import annotations
@@ -200,7 +203,8 @@ def sample(rng: random.Random, split: str, kind: str | None = None, thinking: st
         call = {"id": f"call_{rng.randrange(10**6)}", "type": "function",
                 "function": {"name": tool.name, "arguments": arguments}}  # fmt: skip
         talk.ask(request(rng, tool, arguments, field))
-        talk.answer("", thought=f"{tool.purpose}: {tool.name}", calls=[call],
+        types = ", ".join(f"{parameter.name} {parameter.schema()['type']}" for parameter in given)
+        talk.answer("", thought=f"{tool.purpose}: {tool.name}: {types or 'nothing'}", hard=True, calls=[call],
                     expect=Expect("call", (tool.name, arguments)) if kind != "answer" else None)  # fmt: skip
         if kind != "call":
             said, answer = response(rng, field)
