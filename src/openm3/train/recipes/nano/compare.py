@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,40 +88,49 @@ def recall(q: Tensor, k: Tensor, rows: Tensor, chosen: Tensor, block: int) -> tu
     return blocks.mean().item(), shares.mean().item()
 
 
-def compare(runs_dir: Path | str, out: Path | str, cases: int = 2000, seed: int = 0) -> dict[str, Any]:
+def compare(runs_dir: Path | str, out: Path | str, cases: int = 2000, seed: int = 0, **engine: int) -> dict[str, Any]:
     """Examines the three trained runs and writes comparison.json, comparison.md and comparison.png into `out`.
 
-    Raises ValueError for a run without a finished model."""
-    from openm3.engine import LLM
-    from openm3.train.metrics import read_metrics
-    from openm3.train.plot import plot_run
-
-    out, dirs = Path(out), {run: Path(runs_dir) / run for run in RUNS}
+    engine: `cache_tokens` and `max_batch_tokens` of `LLM`. Raises ValueError for a run without a finished model."""
+    dirs = {run: Path(runs_dir) / run for run in RUNS}
     for run, directory in dirs.items():
         if not (directory / "model").exists():
             raise ValueError(f"{directory / 'model'}: no such directory; train it first: openm3 train nano --run {run}")
-    result: dict[str, Any] = {}
-    for run, directory in dirs.items():
-        llm = LLM(directory / "model")
-        rows = evaluate(llm, None, cases, seed)
-        last = [record["eval"] for record in read_metrics(directory) if "eval" in record][-1]
-        indexer = recalls(llm.model) if any(llm.config.text.sparse_layers) else []
-        result[run] = {"rows": rows, "losses": last, "indexer": indexer, "device": device_name(llm)}
+    result = {run: examine(directory, cases, seed, **engine) for run, directory in dirs.items()}
+    report(result, runs_dir, out)
+    return result
+
+
+def examine(directory: Path, cases: int = 2000, seed: int = 0, **engine: int) -> dict[str, Any]:
+    """All that is measured of one trained run, as plain data: rows, last held-out losses, recalls, the device."""
+    from openm3.engine import LLM
+    from openm3.train.metrics import read_metrics
+
+    llm = LLM(directory / "model", **engine)
+    rows = [asdict(row) for row in evaluate(llm, None, cases, seed)]
+    last = [record["eval"] for record in read_metrics(directory) if "eval" in record][-1]
+    indexer = recalls(llm.model) if any(llm.config.text.sparse_layers) else []
+    return {"rows": rows, "losses": last, "indexer": indexer, "device": device_name(llm)}
+
+
+def report(result: dict[str, Any], runs_dir: Path | str, out: Path | str) -> None:
+    """Writes comparison.json, comparison.md, comparison.png and losses.png of what `examine` found of each run."""
+    from openm3.train.plot import plot_run
+
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "comparison.md").write_text(table(result) + "\n")
-    plain = {run: r | {"rows": [vars(row) for row in r["rows"]]} for run, r in result.items()}
-    (out / "comparison.json").write_text(json.dumps(plain, indent=1) + "\n")
-    plot_run(list(dirs.values()), out / "losses.png")
+    (out / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot_run([Path(runs_dir) / run for run in RUNS], out / "losses.png")
     plot(result, out / "comparison.png")
-    return plain
 
 
 def table(result: dict[str, Any]) -> str:
     """The comparison in Markdown: tasks in percent, held-out losses, the indexer's recalls (means over layers)."""
     lines = ["| | " + " | ".join(NAMES[run] for run in RUNS) + " |", "| --- |" + " ---: |" * len(RUNS)]
     for i, row in enumerate(result["full"]["rows"]):
-        cells = (f"{result[run]['rows'][i].percent:.2f}" for run in RUNS)
-        lines.append(f"| {row.name}, % | {' | '.join(cells)} |")
+        cells = (f"{result[run]['rows'][i]['percent']:.2f}" for run in RUNS)
+        lines.append(f"| {row['name']}, % | {' | '.join(cells)} |")
     for name in result["full"]["losses"]:
         cells = (f"{result[run]['losses'][name]:.4f}" for run in RUNS)
         lines.append(f"| loss: {name} | {' | '.join(cells)} |")
@@ -138,7 +148,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
     figure = Figure(figsize=(14, 7), layout="constrained", dpi=110)
     tasks, indexer = figure.subplots(1, 2, width_ratios=(3, 1))
     for i, run in enumerate(RUNS):
-        rows: list[Row] = result[run]["rows"]
+        rows = [Row(**row) for row in result[run]["rows"]]
         places = [n + (1 - i) * 0.27 for n in range(len(rows), 0, -1)]
         sides = [[r.percent - r.low for r in rows], [r.high - r.percent for r in rows]]
         tasks.barh(places, [r.percent for r in rows], 0.25, xerr=sides, label=NAMES[run], error_kw={"elinewidth": 0.8})
