@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from model_tiny import gap, random_model, tiny
 
+from openm3.model import text
+from openm3.model.moe import balance_loss
+
 SHAPES = [
     dict(),
     dict(num_local_experts=7, num_experts_per_tok=1),
@@ -102,7 +105,8 @@ def test_the_bias_changes_the_choice_and_never_the_weights():
 def test_the_bias_has_no_gradient_and_the_router_has():
     moe = moe_of()
     assert not moe.router.bias.requires_grad
-    out, _, aux = moe(torch.randn(20, 40, generator=torch.manual_seed(0)))
+    out, load, sums = moe(torch.randn(20, 40, generator=torch.manual_seed(0)))
+    aux = balance_loss(load, sums)
     assert bool(torch.autograd.grad(out.sum(), moe.router.weight, retain_graph=True)[0].any())
     assert bool(torch.autograd.grad(aux, moe.router.weight)[0].any())
 
@@ -110,14 +114,15 @@ def test_the_bias_has_no_gradient_and_the_router_has():
 def test_load_counts_each_tokens_choices_and_the_balance_loss_is_1_when_balanced():
     moe = moe_of()
     x = torch.randn(40, 40, generator=torch.manual_seed(0))
-    _, load, aux = moe(x)
+    _, load, sums = moe(x)
+    aux = balance_loss(load, sums)
     chosen, _, scores = moe.router(x)
     assert torch.equal(load, torch.bincount(chosen.flatten(), minlength=5).float())
     share = (scores / scores.sum(-1, keepdim=True)).mean(0)
     assert abs(float(aux) - 5 * float((load / 80 * share).sum())) < 1e-6
     with torch.no_grad():
         moe.router.weight.zero_()  # equal scores: whatever the choice, the loss is 1
-    assert abs(float(moe(x)[2]) - 1.0) < 1e-6
+    assert abs(float(balance_loss(*moe(x)[1:])) - 1.0) < 1e-6
 
 
 def test_the_models_output_has_a_load_for_each_moe_layer():
@@ -127,6 +132,23 @@ def test_the_models_output_has_a_load_for_each_moe_layer():
     assert out.router_load.sum(1).tolist() == [80, 80]
     assert out.router_aux.shape == ()
     assert random_model(tiny(moe_layers=(False,) * 3))(torch.arange(5, 45)).router_load is None
+
+
+def test_without_gradients_long_runs_go_through_the_experts_in_pieces(monkeypatch):
+    model, ids = random_model(tiny(moe_layers=(True, False, True))), torch.arange(45) % 40 + 5
+    with torch.no_grad():
+        whole = model(ids)
+        monkeypatch.setattr(text, "PIECE", 16)
+        seen = []
+        handle = model.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+        pieces = model(ids)
+    assert seen == [16, 16, 13]
+    assert torch.allclose(pieces.hidden, whole.hidden, rtol=1e-5, atol=1e-6)  # products of other shapes sum otherwise
+    assert torch.equal(pieces.router_load, whole.router_load)
+    assert torch.allclose(pieces.router_aux, whole.router_aux, rtol=1e-6)
+    handle.remove()
+    model(ids)
+    assert model(ids).hidden.requires_grad  # in one piece
 
 
 def test_a_bf16_router_multiplies_in_float32_and_keeps_its_bias_unrounded():

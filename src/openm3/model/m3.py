@@ -16,6 +16,7 @@ from openm3.config import M3Config
 from openm3.model.attention import STAGES, Stage, Step
 from openm3.model.cache import KVCache
 from openm3.model.layers import RMSNorm, rope_angles
+from openm3.model.moe import balance_loss
 from openm3.model.text import DecoderLayer
 from openm3.model.vision import Grid, Projector, VisionTower
 from openm3.msa import Plan
@@ -124,11 +125,12 @@ class M3(nn.Module):
             x, loss, router = layer(x, step, None if cache is None else cache.layers[i])
             losses += [] if loss is None else [loss]
             routers += [] if router is None else [router]
+        load, scores = (torch.stack(part) for part in zip(*routers)) if routers else (None, None)
         return M3Output(
             hidden=self.norm(x),
             index_loss=torch.stack(losses).sum() if losses else None,
-            router_load=torch.stack([load for load, _ in routers]) if routers else None,
-            router_aux=torch.stack([aux for _, aux in routers]).mean() if routers else None,
+            router_load=load,
+            router_aux=None if load is None else balance_loss(load, scores).mean(),
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -73,10 +73,7 @@ class MoE(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, H] -> [T, H]; tokens an expert received, float32 [E]; balance loss, float32 scalar.
-
-        The balance loss is E * sum(share of tokens * mean normalized score), 1 when balanced (Switch Transformer).
-        """
+        """[T, H] -> [T, H]; tokens an expert received and the sum of its normalized scores, float32 [E] each."""
         chosen, weights, scores = self.router(x)
         t, k = chosen.shape
         flat = chosen.flatten()
@@ -85,6 +82,10 @@ class MoE(nn.Module):
         routed = self.experts(x[order // k], load.cumsum(0).int())
         back = torch.empty_like(order).scatter_(0, order, torch.arange(t * k, device=x.device))
         routed = (routed[back].unflatten(0, (t, k)).float() * weights[..., None]).sum(1).to(x.dtype)
-        shares = load / max(1, t * k)
-        means = (scores / scores.sum(-1, keepdim=True)).mean(0)
-        return routed + self.shared(x), load, len(load) * (shares * means).sum()
+        return routed + self.shared(x), load, (scores / scores.sum(-1, keepdim=True)).sum(0)
+
+
+def balance_loss(load: Tensor, scores: Tensor) -> Tensor:
+    """E * sum(share of tokens * mean normalized score) of [..., E] each; 1 when balanced (Switch Transformer)."""
+    shares, means = (x / x.sum(-1, keepdim=True).clamp(min=1.0) for x in (load, scores))
+    return load.shape[-1] * (shares * means).sum(-1)

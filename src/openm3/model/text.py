@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from openm3.config import TextConfig
@@ -9,6 +10,8 @@ from openm3.model.attention import Attention, Step
 from openm3.model.cache import LayerCache
 from openm3.model.layers import MLP, RMSNorm
 from openm3.model.moe import MoE
+
+PIECE = 16_384  # tokens that go through the experts together where no gradient is kept
 
 
 class DecoderLayer(nn.Module):
@@ -29,10 +32,16 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, step: Step, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """[T, H] -> [T, H], the index loss, and the router's (load, balance loss)."""
+        """[T, H] -> [T, H], the index loss, and the router's (load, score sums)."""
         q, k, v, index_q, index_k = self.before(x, step.cos, step.sin, step.stage != "dense")
         attended, index_loss = self.attn.attend(q, k, v, index_q, index_k, step, cache)
-        x, router = self.after(x, attended)
+        if len(x) <= PIECE or torch.is_grad_enabled():
+            x, router = self.after(x, attended)
+        else:  # the experts' intermediates of all tokens at once would be many times the hidden states
+            parts = [self.after(*rows) for rows in zip(x.split(PIECE), attended.split(PIECE))]
+            x = torch.cat([out for out, _ in parts])
+            routers = [router for _, router in parts if router is not None]
+            router = (sum(load for load, _ in routers), sum(sums for _, sums in routers)) if routers else None
         return x, index_loss, router
 
     def before(
@@ -42,9 +51,9 @@ class DecoderLayer(nn.Module):
         return self.attn.project(self.attn_norm(x), cos, sin, index)
 
     def after(self, x: Tensor, attended: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """What follows attention: [T, H] and [T, Hq, D] -> [T, H] and the router's (load, balance loss)."""
+        """What follows attention: [T, H] and [T, Hq, D] -> [T, H] and the router's (load, score sums)."""
         x = x + self.attn.o_proj(attended.flatten(1))
         if isinstance(self.mlp, MLP):
             return x + self.mlp(self.mlp_norm(x)), None
-        out, load, aux = self.mlp(self.mlp_norm(x))
-        return x + out, (load, aux)
+        out, load, scores = self.mlp(self.mlp_norm(x))
+        return x + out, (load, scores)
