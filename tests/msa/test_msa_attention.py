@@ -226,7 +226,7 @@ def test_a_small_workspace_gives_the_same_gradients(monkeypatch):
             assert relative(x, y) <= 3e-6
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:return_lse is deprecated")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @settings(RUN, max_examples=12)
 @given(cases(explicit=False))
 @example(Case((130, 9), (300, 140), topk=4))  # more than one tile of queries and of keys

@@ -120,7 +120,7 @@ def test_an_unknown_backend_names_the_known_ones():
 
 
 def test_the_backend_taken_is_said_once_in_the_log(caplog, monkeypatch):
-    monkeypatch.setattr(msa, "_announced", set())
+    monkeypatch.setattr(msa.dispatch, "_announced", set())
     t = CASE.tensors()
     with caplog.at_level("INFO", logger="openm3.msa"):
         for _ in range(3):

@@ -108,6 +108,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, plan: Plan, scale: float, *, compiled: bool = True
 ) -> tuple[Tensor, Tensor]:
     """[T, Hq, D], lse float32 [T, Hq]; blocks int32 [Hi, T, topk], or None for dense. Differentiable on packed keys."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
     layout = _layout(plan)
     t, n = len(layout.q_seq), len(layout.k_seq)
     if layout.gather is not None:
@@ -123,7 +125,8 @@ def attention(
         F.pad(x, (0, 0, 0, 0, 0, size - len(x))).transpose(0, 1)[None] for x, size in ((q, t), (k, n), (v, n))
     )
     mask = _block_mask(layout, selected, group, plan.block_size)
-    out, lse = _kernel(compiled)(
-        queries, keys.to(q.dtype), values.to(q.dtype), block_mask=mask, scale=scale, enable_gqa=True, return_lse=True
-    )
-    return out[0].transpose(0, 1)[: len(q)], lse[0].T[: len(q)]
+    out, aux = _kernel(compiled)(
+        queries, keys.to(q.dtype), values.to(q.dtype), block_mask=mask, scale=scale, enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return out[0].transpose(0, 1)[: len(q)], aux.lse[0].T[: len(q)]

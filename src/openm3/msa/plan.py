@@ -7,8 +7,9 @@ Keys lie packed, one sequence behind the other (`Plan.packed`), or in pages of o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, field
+from itertools import accumulate, count, pairwise
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class Plan:
 
     `cu_seqlens_q`, `cu_seqlens_k` int32 [B+1]; `positions` int64 [T], each query's position in its sequence;
     `seq_ids` int64 [T]; `page_table` int32 [B, max_pages] or None; `lens_q`, `lens_k` the same lengths on the host.
-    `explicit`: the positions were given, so nothing may be concluded from the lengths alone.
+    `explicit`: the positions were given, so nothing may be concluded from the lengths alone. `host` int64, on the CPU:
+    the plan's number and all that the host knows of it, so that `tensors` says a plan to an op that takes tensors only.
     """
 
     lens_q: tuple[int, ...]
@@ -45,6 +47,14 @@ class Plan:
     init_blocks: int
     workspace_bytes: int
     explicit: bool
+    host: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        number = next(_numbers)
+        sizes = (self.block_size, self.topk, self.local_blocks, self.init_blocks, self.workspace_bytes, self.explicit)
+        host = torch.tensor([number, *map(int, sizes), *self.lens_q, *self.lens_k], dtype=torch.int64, device="cpu")
+        object.__setattr__(self, "host", host)
+        _alive[number] = self
 
     @classmethod
     def packed(
@@ -134,6 +144,32 @@ class Plan:
 
     def starts_k(self) -> list[int]:
         return [0, *accumulate(self.lens_k)]
+
+    def tensors(self) -> list[Tensor]:
+        """The whole plan as tensors: `host`, then those on the plan's device."""
+        paged = [] if self.page_table is None else [self.page_table]
+        return [self.host, self.cu_seqlens_q, self.cu_seqlens_k, self.positions, self.seq_ids, *paged]
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> Plan:
+        """The plan that gave `tensors` while it lives, with what backends remember of it; else one like it."""
+        host, *there = tensors
+        number, block_size, topk, local_blocks, init_blocks, workspace_bytes, explicit, *lens = host.tolist()
+        plan = _alive.get(number)
+        if plan is not None and all(a.data_ptr() == b.data_ptr() for a, b in zip(plan.tensors(), tensors)):
+            return plan
+        half = len(lens) // 2
+        cu_seqlens_q, cu_seqlens_k, positions, seq_ids, *paged = there
+        return cls(
+            lens_q=tuple(lens[:half]), lens_k=tuple(lens[half:]), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            positions=positions, seq_ids=seq_ids, page_table=paged[0] if paged else None, block_size=block_size,
+            topk=topk, local_blocks=local_blocks, init_blocks=init_blocks, workspace_bytes=workspace_bytes,
+            explicit=bool(explicit),
+        )  # fmt: skip
+
+
+_numbers = count()
+_alive: WeakValueDictionary[int, Plan] = WeakValueDictionary()
 
 
 def _lengths(name: str, offsets: Lengths) -> tuple[int, ...]:
