@@ -104,6 +104,10 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, rows: slice, scale: floa
         return _dense_masked(q, k, v, plan.positions[rows], scale, plan.workspace_bytes)
     if n_q <= FEW and cached:
         return _dense_decode(q, k, v, scale)
+    if cached and q.dtype.itemsize < 4:  # the two parts below would be rounded once before they are merged, and again
+        wide = (q.unflatten(1, (len(k), -1)).unbind(1), k[:, None], v[:, None])  # head by head: copies stay small
+        parts = [_dense(*(x.float() for x in head), plan, rows, scale) for head in zip(*wide)]
+        return torch.cat([out.to(q.dtype) for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
     heads = q.unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)  # [Hkv, G, n_q, D]
     keys, values = (x[:, None, n - n_q :].expand(-1, heads.shape[1], -1, -1) for x in (k, v))  # [Hkv, G, n_q, D]
     out, lse = _flash(heads, keys, values, scale, causal=True)
