@@ -23,6 +23,14 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FP8 = (torch.float8_e4m3fn,)
 
 
+class Refused(ValueError):
+    """The backend asked for cannot serve this call, and `reason` says why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"backend = {name!r}: cannot serve this call: {reason}")
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Backend:
     """Functions as in `torch_backend` and `loss`, None for one it has not.
@@ -77,7 +85,7 @@ def function_of(
     elif name not in BACKENDS:
         raise ValueError(f"backend = {name!r}: must be one of {', '.join(BACKENDS)}, or None for the best one")
     elif reason := _refusal(name, function, queries, keys, plan, values):
-        raise ValueError(f"backend = {name!r}: cannot serve this call: {reason}")
+        raise Refused(name, reason)
     return getattr(BACKENDS[name], function)
 
 
