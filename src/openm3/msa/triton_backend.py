@@ -1,0 +1,383 @@
+"""MSA in plain Triton: any GPU that Triton serves, from sm_80 up and AMD's, nothing that only one architecture has.
+
+select    scores of all blocks by strips of queries under the workspace bound, then the best of each row
+sparse    one program a query token and KV head; where these are few, several share its blocks
+dense     tiles of neighbouring queries; where these are few, several share the context
+
+Grids follow from what the host knows of a plan; the device is never asked. Triton is imported at the first call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from openm3.msa.keys import Scale
+from openm3.msa.plan import Plan, to_device
+
+__all__ = ["dense_attention", "refusal", "select_blocks", "sparse_attention"]
+
+HALVES = (torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn
+MAX_DIM, MAX_GROUP, MAX_TOPK = 256, 64, 128
+ROW_CHUNK = 8192  # block scores of a row that one program holds at a time
+LEAST_SPAN = 512  # keys that are worth a program of their own in a split context
+MAX_PARTS = 64
+ROWS = (128, 64)  # rows of a tile: half precision; float32 and wide heads
+STEPS = (64, 32)  # keys a step of attention: half precision; float32 and wide heads
+
+T = TypeVar("T")
+
+
+def refusal(q: Tensor, k: Tensor, plan: Plan, v: Tensor | None = None) -> str | None:
+    """Why this backend cannot serve these tensors ((index) queries and keys), or None if it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'openm3[gpu]'"
+    if q.device.type != "cuda" and not _interpreted():
+        return f"it needs a GPU, the tensors are on {q.device.type}"
+    if q.dtype not in (*HALVES, torch.float32):
+        return f"queries of {q.dtype}: must be bfloat16, float16 or float32"
+    for x in (k,) if v is None else (k, v):
+        if x.dtype not in (*HALVES, torch.float32, FP8):
+            return f"keys of {x.dtype}: must be bfloat16, float16, float32 or float8_e4m3fn"
+        if x.dtype == FP8 and q.is_cuda and _capability(q.device) < (8, 9):
+            return "float8_e4m3fn keys need compute capability 8.9 (sm_89) or above, this GPU has {}.{}".format(
+                *_capability(q.device)
+            )
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            return f"keys with strides {x.stride()}: the last axis must be dense"
+    if q.is_cuda and _capability(q.device) < (8, 0):
+        return "it needs compute capability 8.0 (sm_80) or above, this GPU has {}.{}".format(*_capability(q.device))
+    if q.shape[-1] > MAX_DIM:
+        return f"head dim {q.shape[-1]}: must be at most {MAX_DIM}"
+    if v is not None and q.shape[1] // k.shape[1] > MAX_GROUP:
+        return f"{q.shape[1] // k.shape[1]} query heads a KV head: must be at most {MAX_GROUP}"
+    if v is None and q.shape[1] > MAX_GROUP:
+        return f"{q.shape[1]} index heads: must be at most {MAX_GROUP}"
+    if plan.topk > MAX_TOPK:
+        return f"topk = {plan.topk}: must be at most {MAX_TOPK}"
+    if v is not None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "it has no gradients yet"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    if torch.version.hip is not None:
+        return (9, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _pad(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _product(q: Tensor, k: Tensor) -> dict:
+    """The dtype that products multiply in: the queries', unless that would round the keys."""
+    import triton.language as tl
+
+    same = k.dtype in (q.dtype, FP8)
+    dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(q.dtype, tl.float32) if same else tl.float32
+    return dict(DOT=dot, PRECISION="ieee")
+
+
+def _strides(k: Tensor, plan: Plan) -> tuple[int, int, int]:
+    """(page, head, token) strides of keys [N, Hkv, D] or pages [P, Hkv, block, D]."""
+    return (0, k.stride(1), k.stride(0)) if plan.page_table is None else (k.stride(0), k.stride(1), k.stride(2))
+
+
+def _table(plan: Plan) -> tuple[Tensor, int]:
+    """The page table and its row stride; for packed keys any tensor."""
+    if plan.page_table is None:
+        return plan.cu_seqlens_k, 0
+    return plan.page_table, plan.page_table.stride(0)
+
+
+# What is worked out once a plan --------------------------------------------------------------------------------------
+
+_known: WeakKeyDictionary[Plan, dict] = WeakKeyDictionary()
+
+
+def _once(plan: Plan, key: tuple, build: Callable[[], T]) -> T:
+    known = _known.setdefault(plan, {})
+    if key not in known:
+        known[key] = build()
+    return known[key]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of neighbouring queries of one sequence: int32 [n] each. `first` counts in the flat run."""
+
+    seq: Tensor
+    first: Tensor
+    count: Tensor
+
+    def __len__(self) -> int:
+        return len(self.seq)
+
+
+def _tiles(plan: Plan, size: int, skip: Tensor | None = None) -> tuple[Tiles, Tensor]:
+    """Tiles of `size` queries on the host, and how many keys each may see at most; `skip` [B] leading queries left out.
+
+    The longest come first within a sequence: they take the longest.
+    """
+    lens_q, lens_k = torch.tensor(plan.lens_q, dtype=torch.int64), torch.tensor(plan.lens_k, dtype=torch.int64)
+    skip = torch.zeros_like(lens_q) if skip is None else skip
+    counts = (lens_q - skip + size - 1) // size
+    seq = torch.repeat_interleave(torch.arange(len(lens_q)), counts).flip(0)
+    nth = torch.arange(len(seq)).flip(0) - (counts.cumsum(0) - counts)[seq]
+    offset = skip[seq] + nth * size
+    count = (lens_q[seq] - offset).clamp_max(size)
+    seen = lens_k[seq] if plan.explicit else (lens_k - lens_q)[seq] + offset + count
+    first = torch.tensor(plan.starts_q(), dtype=torch.int64)[seq] + offset
+    return Tiles(seq.int(), first.int(), count.int()), seen
+
+
+def _moved(tiles: Tiles, device: torch.device) -> Tiles:
+    return Tiles(*(to_device(x, device) for x in (tiles.seq, tiles.first, tiles.count)))
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Tiles of queries that have to choose, and where their block scores lie.
+
+    `base` int64, `width` int32 [n]: a tile's scores start at `base` of the workspace, rows of `width` blocks. `cuts`:
+    (first tile, last tile + 1, widest row) of each strip; `size`: scores of the largest strip; `rows` of a full tile.
+    """
+
+    tiles: Tiles
+    base: Tensor
+    width: Tensor
+    cuts: list[tuple[int, int, int]]
+    size: int
+    rows: int
+    covers_all: bool
+
+
+def _strips(plan: Plan, heads: int, most_rows: int, scores: bool) -> Strips:
+    lens_q, lens_k = torch.tensor(plan.lens_q, dtype=torch.int64), torch.tensor(plan.lens_k, dtype=torch.int64)
+    free = plan.topk * plan.block_size  # who sees no more keys takes all blocks, unscored
+    if scores:
+        skip = torch.zeros_like(lens_q)
+    elif plan.explicit:
+        skip = torch.where(lens_k <= free, lens_q, 0)
+    else:
+        skip = (free - (lens_k - lens_q)).clamp_min(0).minimum(lens_q)
+    limit = plan.workspace_bytes // 4
+    widest = max(1, -(-plan.max_k // plan.block_size))
+    size = max(1, min(most_rows // heads, plan.max_q, limit // (heads * widest)))
+    tiles, seen = _tiles(plan, size, skip)
+    width = (seen + plan.block_size - 1) // plan.block_size
+    cost = tiles.count.long() * heads * width
+    ends = cost.cumsum(0)
+    base, cuts, largest, a = ends - cost, [], 0, 0
+    while a < len(tiles):
+        before = int(ends[a] - cost[a])
+        b = max(a + 1, int(torch.searchsorted(ends, before + limit, right=True)))
+        cuts.append((a, b, int(width[a:b].max())))
+        largest = max(largest, int(ends[b - 1]) - before)
+        base[a:b] -= before
+        a = b
+    return Strips(
+        tiles=_moved(tiles, plan.device), base=to_device(base, plan.device), width=to_device(width.int(), plan.device),
+        cuts=cuts, size=largest, rows=size * heads, covers_all=not bool(skip.any()),
+    )  # fmt: skip
+
+
+# Selection -----------------------------------------------------------------------------------------------------------
+
+
+def select_blocks(
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale = None, scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Without `scores`, queries that see no more blocks than they may select take all of them, unscored."""
+    from openm3.msa import triton_select as kernels
+
+    (tokens, heads, d), device, block = index_q.shape, index_q.device, plan.block_size
+    single = index_k.dtype not in (index_q.dtype, FP8) or index_q.dtype == torch.float32
+    small = single or d > 128
+    bm = max(min(ROWS[small], _pad(heads * plan.max_q)), _pad(heads))
+    strips = _once(plan, ("strips", heads, bm, scores), lambda: _strips(plan, heads, bm, scores))
+    if strips.covers_all:
+        blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
+    else:
+        ids, own = torch.arange(plan.topk, dtype=torch.int32, device=device), plan.positions // block
+        blocks = torch.where(ids <= own[:, None], ids, -1).repeat(heads, 1, 1)
+    values = torch.empty(blocks.shape, dtype=torch.float32, device=device) if scores else None
+    if not strips.cuts:
+        return blocks, values
+    found = torch.empty(strips.size, dtype=torch.float32, device=device)
+    index_q = index_q if index_q.stride(-1) == 1 else index_q.contiguous()
+    table, table_row = _table(plan)
+    paged = plan.page_table is not None
+    page, token = (index_k.stride(0), index_k.stride(1)) if paged else (0, index_k.stride(0))
+    by_page = paged and isinstance(index_k_scale, Tensor) and index_k_scale.dim() > 0
+    block_pad, bn = _pad(block, 1), 32 if d > 128 else 64 if small else 128
+    tiles = strips.tiles
+    with _on(device):
+        for a, b, widest in strips.cuts:
+            per = max(1, _keys_a_program(widest * block, b - a, bn, device) // block_pad)
+            kernels.score_blocks[(b - a, -(-widest // per))](
+                index_q, index_k, index_k_scale if by_page else found, found, tiles.seq, tiles.first, tiles.count,
+                strips.base, strips.width, plan.positions, plan.cu_seqlens_k, table, index_q.stride(0),
+                index_q.stride(1), page, token, table_row, index_k_scale.stride(0) if by_page else 0, a,
+                HEADS=heads, D=d, D_PAD=_pad(d), BLOCK=block, BLOCK_PAD=block_pad, BM=bm, BN=bn, PER=per,
+                PAGED=paged, SCALED=by_page, **_product(index_q, index_k),
+                num_warps=8 if bm == 128 else 4, num_stages=2 if small else 3,
+            )  # fmt: skip
+            chunk = min(ROW_CHUNK, _pad(widest))
+            kernels.pick_blocks[((b - a) * strips.rows,)](
+                found, blocks, values if scores else found, tiles.first, tiles.count, strips.base, strips.width,
+                plan.positions, tokens, a, ROWS=strips.rows, HEADS=heads, BLOCK=block, TOPK=plan.topk,
+                TOPK_PAD=_pad(plan.topk, 1), LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
+                LONG=widest > chunk, VALUES=scores, num_warps=min(8, max(1, chunk // 512)),
+            )  # fmt: skip
+    if scores and paged and index_k_scale is not None and not by_page:
+        values *= index_k_scale
+    return blocks, values
+
+
+def _keys_a_program(keys: int, tiles: int, step: int, device: torch.device) -> int:
+    """How many keys one program scores: many, so that queries are loaded once, unless that leaves the device idle."""
+    size = 2048
+    while size > step and tiles * -(-keys // size) < 4 * _multiprocessors(device):
+        size //= 2
+    return size
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float,
+    k_scale: Scale = None, v_scale: Scale = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from openm3.msa import triton_attend as kernels
+
+    (tokens, hq, d), hkv, block = q.shape, k.shape[1], plan.block_size
+    group, call = hq // hkv, _Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
+    bn = min(call.step, _pad(block * plan.topk))
+    per = max(1, bn // block)  # blocks that one step takes
+    parts = call.parts(tokens * hkv, -(-plan.topk // per))
+    slots = -(-plan.topk // parts)
+    parts = -(-plan.topk // slots)
+    blocks = blocks.contiguous()
+
+    def launch(out: Tensor, lse: Tensor) -> None:
+        kernels.attend_selected[(tokens, hkv, parts)](
+            call.q, k, v, blocks, out, lse, *call.scales, plan.positions, plan.seq_ids, plan.cu_seqlens_k,
+            *call.strides, tokens, hq, *call.factors, GROUP=group, SHARE=hkv // len(blocks), D=d, D_PAD=_pad(d),
+            BLOCK=block, TOPK=plan.topk, TOPK_PAD=_pad(plan.topk, 1), SLOTS=slots, BM=_pad(group), BN=bn,
+            **call.switches, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+    return call.run(launch, parts)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale = None, v_scale: Scale = None
+) -> tuple[Tensor, Tensor]:
+    from openm3.msa import triton_attend as kernels
+
+    (tokens, hq, d), hkv = q.shape, k.shape[1]
+    group, call = hq // hkv, _Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
+    bm = max(min(ROWS[call.small], _pad(group * plan.max_q)), _pad(group))
+    size = max(1, bm // group)
+    tiles = _once(plan, ("tiles", size), lambda: _moved(_tiles(plan, size)[0], plan.device))
+    parts = call.parts(len(tiles) * hkv, -(-plan.max_k // LEAST_SPAN))
+    span = max(1, -(-plan.max_k // (parts * call.step))) * call.step
+    parts = max(1, -(-plan.max_k // span))
+
+    def launch(out: Tensor, lse: Tensor) -> None:
+        kernels.attend_all[(len(tiles), hkv, parts)](
+            call.q, k, v, out, lse, *call.scales, tiles.seq, tiles.first, tiles.count, plan.positions,
+            plan.cu_seqlens_k, *call.strides, tokens, hq, *call.factors, span, GROUP=group, D=d, D_PAD=_pad(d),
+            BLOCK=plan.block_size, BM=bm, BN=call.step, **call.switches, num_warps=8 if bm == 128 else 4, num_stages=2,
+        )  # fmt: skip
+
+    return call.run(launch, parts)
+
+
+class _Call:
+    """What both kernels are given alike: scales, strides, factors of scores (base 2) and values, dtypes."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale, v_scale: Scale
+    ):
+        self.q = q if q.stride(-1) == 1 else q.contiguous()
+        self.plan, self.paged = plan, plan.page_table is not None
+        wide = q.dtype == torch.float32 or any(x.dtype not in (q.dtype, FP8) for x in (k, v))
+        self.small = wide or q.shape[-1] > 128
+        self.step = STEPS[self.small]
+        numbers, tensors = [1.0, 1.0], [None, None]
+        for i, scale in enumerate((k_scale, v_scale) if self.paged else ()):
+            if isinstance(scale, Tensor) and (scale.dim() or scale.device.type != "cpu"):
+                tensors[i] = scale
+            elif scale is not None:
+                numbers[i] = float(scale)
+        self.scales = tuple(q if x is None else x for x in tensors)
+        steps = [(0,) * 2 if x is None else (*x.stride(), 0, 0)[:2] for x in tensors]
+        table, table_row = _table(plan)
+        self.strides = (
+            table, self.q.stride(0), self.q.stride(1), *_strides(k, plan), *_strides(v, plan), table_row, *steps[0],
+            *steps[1],
+        )  # fmt: skip
+        self.factors = (softmax_scale * numbers[0] * math.log2(math.e), numbers[1])
+        product = _product(q, k) if v.dtype in (q.dtype, FP8) else _product(q, v)
+        self.switches = dict(
+            PAGED=self.paged, K_SCALED=tensors[0] is not None, V_SCALED=tensors[1] is not None, **product
+        )
+
+    def parts(self, programs: int, most: int) -> int:
+        """How many programs share one query's keys, so that the device is full and the parts fit the workspace."""
+        tokens, hq, d = self.q.shape
+        wanted = -(-4 * _multiprocessors(self.q.device) // max(1, programs))
+        fitting = self.plan.workspace_bytes // max(1, tokens * hq * (d + 1) * 4)
+        return max(1, min(wanted, most, fitting, MAX_PARTS))
+
+    def run(self, launch: Callable[[Tensor, Tensor], None], parts: int) -> tuple[Tensor, Tensor]:
+        """`launch(out, lse)` fills [T, Hq, D] and [T, Hq], or as many of them as there are parts, to be combined."""
+        from openm3.msa import triton_attend as kernels
+
+        q, (tokens, hq, d) = self.q, self.q.shape
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        if not tokens:
+            return out, lse
+        with _on(q.device):
+            if parts == 1:
+                launch(out, lse)
+                return out, lse
+            part = torch.empty(parts, *q.shape, dtype=torch.float32, device=q.device)
+            part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
+            launch(part, part_lse)
+            kernels.combine[(tokens * hq,)](
+                part, part_lse, out, lse, tokens * hq, PARTS=parts, PARTS_PAD=_pad(parts, 1), D=d, D_PAD=_pad(d)
+            )
+        return out, lse

@@ -1,0 +1,118 @@
+"""Each Triton kernel, as the host launches it, compiled for GPUs that are not there; and whether it fits a 4090."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from msa_cases import Case
+
+from openm3.msa import triton_backend
+
+triton = pytest.importorskip("triton")
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("kernels for the interpreter do not compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from openm3.msa import triton_attend, triton_select  # noqa: E402
+
+SHARED = 99 * 1024  # bytes a block may use on sm_89; sm_80 has 163 KB, sm_90 and sm_100 227 KB
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
+         torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
+M3 = Case((300,), (4096,), hkv=1, group=16, hi=4, d=128, di=128, block=128, topk=16, dtype=torch.bfloat16)
+NANO = M3.but(hkv=2, group=4, hi=2, d=64, di=64, block=64, topk=8)
+
+
+class Recorder:
+    """Stands where a kernel stands and keeps what it is launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+@contextmanager
+def recorded(monkeypatch, capability):
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_backend, "_capability", lambda device: capability)
+        patch.setattr(triton_backend, "_multiprocessors", lambda device: 132)
+        launches = []
+        for module, name in KERNELS:
+            recorder = Recorder(getattr(module, name))
+            recorder.launches = launches
+            patch.setattr(module, name, recorder)
+        yield launches
+
+
+KERNELS = [
+    (triton_select, "score_blocks"), (triton_select, "pick_blocks"), (triton_attend, "attend_selected"),
+    (triton_attend, "attend_all"), (triton_attend, "combine"),
+]  # fmt: skip
+
+
+def compiled(launch, arch):
+    kernel, args, options = launch
+    names = kernel.arg_names
+    constants = {n: options.pop(n) for n in names if n in options}
+    signature, attributes = {}, {}
+    for i, (name, value) in enumerate(zip(names, args)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def launches_of(case, monkeypatch, capability=(9, 0), fp8=False, paged=False):
+    tensors, plan = case.tensors(), case.packed()
+    scale = None
+    if paged:
+        tensors, plan = tensors.in_pages(), case.paged()
+    index_k, k, v = tensors.index_k, tensors.k, tensors.v
+    if fp8:
+        index_k, k, v = (x.to(torch.float8_e4m3fn) for x in (index_k, k, v))
+        scale = torch.ones(len(k), case.hkv)
+    with recorded(monkeypatch, capability) as launches:
+        index_scale = None if scale is None else scale[:, 0].contiguous()
+        blocks, _ = triton_backend.select_blocks(tensors.index_q, index_k, plan, index_scale)
+        triton_backend.sparse_attention(tensors.q, k, v, blocks, plan, 0.1, scale, scale)
+        triton_backend.dense_attention(tensors.q, k, v, plan, 0.1, scale, scale)
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("case", "arch", "more"),
+    [
+        (M3, 80, {}),
+        (M3, 90, {}),
+        (M3, 100, {}),
+        (M3.but(lens_q=(1,)), 80, {"paged": True}),
+        (M3.but(lens_q=(1,)), 90, {"paged": True, "fp8": True}),
+        (M3, 89, {"paged": True, "fp8": True}),
+        (NANO.but(dtype=torch.float16), 80, {}),
+        (NANO.but(dtype=torch.float16, lens_q=(4,)), 100, {"paged": True, "fp8": True}),
+        (NANO.but(dtype=torch.float32), 80, {}),
+        (M3.but(d=80, di=96, block=48), 80, {"paged": True}),
+        (M3.but(d=256, di=256, block=256), 90, {}),
+        (M3.but(d=96, block=16, topk=64, group=32), 90, {"paged": True}),
+    ],
+    ids=lambda x: x if isinstance(x, int) else None,
+)
+def test_every_launch_compiles_and_fits(case, arch, more, monkeypatch):
+    launches = launches_of(case, monkeypatch, (arch // 10, arch % 10), **more)
+    assert len(launches) >= 4
+    for launch in launches:
+        kernel = compiled(launch, arch)
+        print(launch[0].__name__, kernel.metadata.shared, kernel.metadata.num_warps)
+        assert kernel.metadata.shared <= SHARED, launch[0].__name__
+        assert kernel.asm["cubin"]
