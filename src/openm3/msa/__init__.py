@@ -5,7 +5,8 @@
     out = sparse_attention(q, k, v, blocks, plan)               # [T, Hq, D]
 
 T query tokens travel packed, without a batch axis. Keys lie packed ([N, ...]) or in pages of one block each. Backends:
-`reference` is the definition, `torch` runs anywhere in linear memory; `backend=None` takes the best for the device.
+`reference` is the definition, `torch` runs anywhere in linear memory, `triton` on GPUs; `backend=None` takes the best
+that can serve the call. Under `torch.compile` the functions are registered ops, opaque to the compiler (`ops.py`).
 Pages must hold finite numbers behind a sequence's last token too (allocate them as zeros).
 """
 

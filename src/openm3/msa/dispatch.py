@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openm3.msa import loss, reference, torch_backend
+from openm3.msa import loss, reference, torch_backend, triton_backend
 from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan
 
@@ -67,8 +67,13 @@ BACKENDS: dict[str, Backend] = {
         torch_backend.select_blocks, torch_backend.sparse_attention, torch_backend.dense_attention, loss.index_loss,
         _never,
     ),
+    "triton": Backend(
+        triton_backend.select_blocks, triton_backend.sparse_attention, triton_backend.dense_attention, None,
+        triton_backend.refusal,
+    ),
 }  # fmt: skip
-PREFERRED: dict[str, tuple[str, ...]] = {}  # what backend=None tries on a device before "torch", the best first
+# What backend=None tries on a device, the best first; then "torch", which serves everything.
+PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
 
 
 def function_of(
