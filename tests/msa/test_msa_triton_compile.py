@@ -18,7 +18,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from openm3.msa import triton_attend, triton_select  # noqa: E402
+from openm3.msa import triton_attend, triton_backward, triton_select  # noqa: E402
 
 SHARED = 99 * 1024  # bytes a block may use on sm_89; sm_80 has 163 KB, sm_90 and sm_100 227 KB
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
@@ -52,7 +52,8 @@ def recorded(monkeypatch, capability):
 
 KERNELS = [
     (triton_select, "score_blocks"), (triton_select, "pick_blocks"), (triton_attend, "attend_selected"),
-    (triton_attend, "attend_all"), (triton_attend, "combine"),
+    (triton_attend, "attend_all"), (triton_attend, "combine"), (triton_backward, "grad_selected"),
+    (triton_backward, "grad_all"), (triton_backward, "grad_keys"),
 ]  # fmt: skip
 
 
@@ -85,8 +86,13 @@ def launches_of(case, monkeypatch, capability=(9, 0), fp8=False, paged=False):
     with recorded(monkeypatch, capability) as launches:
         index_scale = None if scale is None else scale[:, 0].contiguous()
         blocks, _ = triton_backend.select_blocks(tensors.index_q, index_k, plan, index_scale)
-        triton_backend.sparse_attention(tensors.q, k, v, blocks, plan, 0.1, scale, scale)
-        triton_backend.dense_attention(tensors.q, k, v, plan, 0.1, scale, scale)
+        q = tensors.q.requires_grad_(not paged)
+        for out, _ in (
+            triton_backend.sparse_attention(q, k, v, blocks, plan, 0.1, scale, scale),
+            triton_backend.dense_attention(q, k, v, plan, 0.1, scale, scale),
+        ):
+            if not paged:
+                out.sum().backward()
     return launches
 
 
@@ -110,7 +116,7 @@ def launches_of(case, monkeypatch, capability=(9, 0), fp8=False, paged=False):
 )
 def test_every_launch_compiles_and_fits(case, arch, more, monkeypatch):
     launches = launches_of(case, monkeypatch, (arch // 10, arch % 10), **more)
-    assert len(launches) >= 4
+    assert len(launches) >= (4 if more.get("paged") else 8)
     for launch in launches:
         kernel = compiled(launch, arch)
         print(launch[0].__name__, kernel.metadata.shared, kernel.metadata.num_warps)

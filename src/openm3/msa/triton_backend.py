@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 def refusal(q: Tensor, k: Tensor, plan: Plan, v: Tensor | None = None) -> str | None:
     """Why this backend cannot serve these tensors ((index) queries and keys), or None if it can."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed: pip install 'openm3[gpu]'"
     if q.device.type != "cuda" and not _interpreted():
         return f"it needs a GPU, the tensors are on {q.device.type}"
@@ -65,9 +65,18 @@ def refusal(q: Tensor, k: Tensor, plan: Plan, v: Tensor | None = None) -> str | 
         return f"{q.shape[1]} index heads: must be at most {MAX_GROUP}"
     if plan.topk > MAX_TOPK:
         return f"topk = {plan.topk}: must be at most {MAX_TOPK}"
-    if v is not None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "it has no gradients yet"
+    if v is not None and plan.page_table is not None and _differentiated(q, k, v):
+        return "keys in pages have no gradients here"
     return None
+
+
+def _differentiated(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def _interpreted() -> bool:
@@ -89,11 +98,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _on(device: torch.device):
+def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _pad(n: int, least: int = 16) -> int:
+def pad(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
@@ -123,7 +132,7 @@ def _table(plan: Plan) -> tuple[Tensor, int]:
 _known: WeakKeyDictionary[Plan, dict] = WeakKeyDictionary()
 
 
-def _once(plan: Plan, key: tuple, build: Callable[[], T]) -> T:
+def once(plan: Plan, key: tuple, build: Callable[[], T]) -> T:
     known = _known.setdefault(plan, {})
     if key not in known:
         known[key] = build()
@@ -161,6 +170,11 @@ def _tiles(plan: Plan, size: int, skip: Tensor | None = None) -> tuple[Tiles, Te
 
 def _moved(tiles: Tiles, device: torch.device) -> Tiles:
     return Tiles(*(to_device(x, device) for x in (tiles.seq, tiles.first, tiles.count)))
+
+
+def tiles_of(plan: Plan, size: int) -> Tiles:
+    """Tiles of all queries, on the plan's device; worked out once a plan."""
+    return once(plan, ("tiles", size), lambda: _moved(_tiles(plan, size)[0], plan.device))
 
 
 @dataclass(frozen=True)
@@ -222,8 +236,8 @@ def select_blocks(
     (tokens, heads, d), device, block = index_q.shape, index_q.device, plan.block_size
     single = index_k.dtype not in (index_q.dtype, FP8) or index_q.dtype == torch.float32
     small = single or d > 128
-    bm = max(min(ROWS[small], _pad(heads * plan.max_q)), _pad(heads))
-    strips = _once(plan, ("strips", heads, bm, scores), lambda: _strips(plan, heads, bm, scores))
+    bm = max(min(ROWS[small], pad(heads * plan.max_q)), pad(heads))
+    strips = once(plan, ("strips", heads, bm, scores), lambda: _strips(plan, heads, bm, scores))
     if strips.covers_all:
         blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
     else:
@@ -238,24 +252,24 @@ def select_blocks(
     paged = plan.page_table is not None
     page, token = (index_k.stride(0), index_k.stride(1)) if paged else (0, index_k.stride(0))
     by_page = paged and isinstance(index_k_scale, Tensor) and index_k_scale.dim() > 0
-    block_pad, bn = _pad(block, 1), 32 if d > 128 else 64 if small else 128
+    block_pad, bn = pad(block, 1), 32 if d > 128 else 64 if small else 128
     tiles = strips.tiles
-    with _on(device):
+    with on(device):
         for a, b, widest in strips.cuts:
             per = max(1, _keys_a_program(widest * block, b - a, bn, device) // block_pad)
             kernels.score_blocks[(b - a, -(-widest // per))](
                 index_q, index_k, index_k_scale if by_page else found, found, tiles.seq, tiles.first, tiles.count,
                 strips.base, strips.width, plan.positions, plan.cu_seqlens_k, table, index_q.stride(0),
                 index_q.stride(1), page, token, table_row, index_k_scale.stride(0) if by_page else 0, a,
-                HEADS=heads, D=d, D_PAD=_pad(d), BLOCK=block, BLOCK_PAD=block_pad, BM=bm, BN=bn, PER=per,
+                HEADS=heads, D=d, D_PAD=pad(d), BLOCK=block, BLOCK_PAD=block_pad, BM=bm, BN=bn, PER=per,
                 PAGED=paged, SCALED=by_page, **_product(index_q, index_k),
                 num_warps=8 if bm == 128 else 4, num_stages=2 if small else 3,
             )  # fmt: skip
-            chunk = min(ROW_CHUNK, _pad(widest))
+            chunk = min(ROW_CHUNK, pad(widest))
             kernels.pick_blocks[((b - a) * strips.rows,)](
                 found, blocks, values if scores else found, tiles.first, tiles.count, strips.base, strips.width,
                 plan.positions, tokens, a, ROWS=strips.rows, HEADS=heads, BLOCK=block, TOPK=plan.topk,
-                TOPK_PAD=_pad(plan.topk, 1), LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
+                TOPK_PAD=pad(plan.topk, 1), LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
                 LONG=widest > chunk, VALUES=scores, num_warps=min(8, max(1, chunk // 512)),
             )  # fmt: skip
     if scores and paged and index_k_scale is not None and not by_page:
@@ -280,9 +294,11 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from openm3.msa import triton_attend as kernels
 
+    if _differentiated(q, k, v):
+        return _with_gradients(q, k, v, blocks, plan, softmax_scale)
     (tokens, hq, d), hkv, block = q.shape, k.shape[1], plan.block_size
-    group, call = hq // hkv, _Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
-    bn = min(call.step, _pad(block * plan.topk))
+    group, call = hq // hkv, Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
+    bn = min(call.step, pad(block * plan.topk))
     per = max(1, bn // block)  # blocks that one step takes
     parts = call.parts(tokens * hkv, -(-plan.topk // per))
     slots = -(-plan.topk // parts)
@@ -292,8 +308,8 @@ def sparse_attention(
     def launch(out: Tensor, lse: Tensor) -> None:
         kernels.attend_selected[(tokens, hkv, parts)](
             call.q, k, v, blocks, out, lse, *call.scales, plan.positions, plan.seq_ids, plan.cu_seqlens_k,
-            *call.strides, tokens, hq, *call.factors, GROUP=group, SHARE=hkv // len(blocks), D=d, D_PAD=_pad(d),
-            BLOCK=block, TOPK=plan.topk, TOPK_PAD=_pad(plan.topk, 1), SLOTS=slots, BM=_pad(group), BN=bn,
+            *call.strides, tokens, hq, *call.factors, GROUP=group, SHARE=hkv // len(blocks), D=d, D_PAD=pad(d),
+            BLOCK=block, TOPK=plan.topk, TOPK_PAD=pad(plan.topk, 1), SLOTS=slots, BM=pad(group), BN=bn,
             **call.switches, num_warps=4, num_stages=2,
         )  # fmt: skip
 
@@ -305,11 +321,13 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     from openm3.msa import triton_attend as kernels
 
+    if _differentiated(q, k, v):
+        return _with_gradients(q, k, v, None, plan, softmax_scale)
     (tokens, hq, d), hkv = q.shape, k.shape[1]
-    group, call = hq // hkv, _Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
-    bm = max(min(ROWS[call.small], _pad(group * plan.max_q)), _pad(group))
+    group, call = hq // hkv, Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
+    bm = max(min(ROWS[call.small], pad(group * plan.max_q)), pad(group))
     size = max(1, bm // group)
-    tiles = _once(plan, ("tiles", size), lambda: _moved(_tiles(plan, size)[0], plan.device))
+    tiles = tiles_of(plan, size)
     parts = call.parts(len(tiles) * hkv, -(-plan.max_k // LEAST_SPAN))
     span = max(1, -(-plan.max_k // (parts * call.step))) * call.step
     parts = max(1, -(-plan.max_k // span))
@@ -317,14 +335,22 @@ def dense_attention(
     def launch(out: Tensor, lse: Tensor) -> None:
         kernels.attend_all[(len(tiles), hkv, parts)](
             call.q, k, v, out, lse, *call.scales, tiles.seq, tiles.first, tiles.count, plan.positions,
-            plan.cu_seqlens_k, *call.strides, tokens, hq, *call.factors, span, GROUP=group, D=d, D_PAD=_pad(d),
+            plan.cu_seqlens_k, *call.strides, tokens, hq, *call.factors, span, GROUP=group, D=d, D_PAD=pad(d),
             BLOCK=plan.block_size, BM=bm, BN=call.step, **call.switches, num_warps=8 if bm == 128 else 4, num_stages=2,
         )  # fmt: skip
 
     return call.run(launch, parts)
 
 
-class _Call:
+def _with_gradients(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, plan: Plan, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    from openm3.msa.triton_backward import Attention
+
+    return Attention.apply(q, k, v, blocks, plan, softmax_scale)
+
+
+class Call:
     """What both kernels are given alike: scales, strides, factors of scores (base 2) and values, dtypes."""
 
     def __init__(
@@ -349,9 +375,9 @@ class _Call:
             *steps[1],
         )  # fmt: skip
         self.factors = (softmax_scale * numbers[0] * math.log2(math.e), numbers[1])
-        product = _product(q, k) if v.dtype in (q.dtype, FP8) else _product(q, v)
+        self.product = _product(q, k if v.dtype in (q.dtype, FP8) else v)
         self.switches = dict(
-            PAGED=self.paged, K_SCALED=tensors[0] is not None, V_SCALED=tensors[1] is not None, **product
+            PAGED=self.paged, K_SCALED=tensors[0] is not None, V_SCALED=tensors[1] is not None, **self.product
         )
 
     def parts(self, programs: int, most: int) -> int:
@@ -370,7 +396,7 @@ class _Call:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         if not tokens:
             return out, lse
-        with _on(q.device):
+        with on(q.device):
             if parts == 1:
                 launch(out, lse)
                 return out, lse
@@ -378,6 +404,6 @@ class _Call:
             part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
             launch(part, part_lse)
             kernels.combine[(tokens * hq,)](
-                part, part_lse, out, lse, tokens * hq, PARTS=parts, PARTS_PAD=_pad(parts, 1), D=d, D_PAD=_pad(d)
+                part, part_lse, out, lse, tokens * hq, PARTS=parts, PARTS_PAD=pad(parts, 1), D=d, D_PAD=pad(d)
             )
         return out, lse
