@@ -1,0 +1,1 @@
+"""Thin adapters to other projects, a module each. Nothing in openm3 imports them; they import their project late."""
