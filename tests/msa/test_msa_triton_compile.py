@@ -52,8 +52,8 @@ def recorded(monkeypatch, capability):
 
 KERNELS = [
     (triton_select, "score_blocks"), (triton_select, "pick_blocks"), (triton_attend, "attend_selected"),
-    (triton_attend, "attend_all"), (triton_attend, "combine"), (triton_backward, "grad_selected"),
-    (triton_backward, "grad_all"), (triton_backward, "grad_keys"),
+    (triton_attend, "unite_blocks"), (triton_attend, "attend_all"), (triton_attend, "combine"),
+    (triton_backward, "grad_selected"), (triton_backward, "grad_all"), (triton_backward, "grad_keys"),
 ]  # fmt: skip
 
 
@@ -67,7 +67,8 @@ def compiled(launch, arch):
             signature[name] = "*" + TYPES[value.dtype]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        special = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if special and not kernel.params[i].do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)

@@ -193,6 +193,17 @@ def test_few_queries_are_split_over_their_keys(case, paged, monkeypatch):
         assert_close(tensors, blocks, plan)
 
 
+def test_unions_under_a_small_workspace_change_nothing():
+    case = Case((13, 2), (20, 9), hkv=1, hi=1, block=4)
+    tensors, plan = problem(case, False)
+    blocks = selected(case)
+    out, lse = attend(triton_backend, tensors, blocks, plan)
+    object.__setattr__(plan, "workspace_bytes", 4 * 40)  # one tile of eight queries at a time
+    again, again_lse = attend(triton_backend, tensors, blocks, plan)
+    assert torch.equal(again, out)
+    assert torch.equal(again_lse, lse)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("case", [CHUNK.but(d=80, block=16), WHOLE.but(d=64, group=4)])
 def test_half_precision_is_within_its_rounding(case, dtype, paged):

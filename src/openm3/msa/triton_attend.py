@@ -1,9 +1,9 @@
 """Attention in Triton: over the selected blocks of each query, and over all visible keys; then the parts of a split.
 
-The query heads that share a KV head are rows of one product. `attend_selected` takes one query token a program, so its
-rows agree on their blocks; `attend_all` takes a tile of neighbouring queries. Where there are too few programs for the
-device, each walks one part of its keys only, and `combine` joins the parts by their log-sum-exp. Scores carry
-log2(e), so that exponentials are powers of two.
+The query heads that share a KV head, of a few neighbouring queries, are the rows of one product. `attend_selected`
+walks the union of its queries' blocks: neighbours agree on most, and a row's mask takes out what it did not select.
+Where there are too few programs for the device, each walks one part of its keys only, and `combine` joins the parts by
+their log-sum-exp. Scores carry log2(e), so that exponentials are powers of two.
 """
 
 from __future__ import annotations
@@ -62,46 +62,89 @@ def finish(acc, total, top, v_mul, out_ptr, lse_ptr, at, d, real, D: tl.constexp
     tl.store(lse_ptr + at, lse, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tile_start"])
+def unite_blocks(
+    blocks_ptr, list_ptr, length_ptr, first_ptr, count_ptr, tokens, tile_start,
+    QUERIES: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr,
+):  # fmt: skip
+    """What the queries of a tile selected, for one index head: each block once, ascending, with who selected it.
+
+    An entry is block * 256 + a bit a query. Every selected block is compared with every other: there are few.
+    """
+    tile = tl.program_id(0) + tile_start
+    head = tl.program_id(1)
+    WIDTH: tl.constexpr = QUERIES * TOPK_PAD
+    lane = tl.arange(0, WIDTH)
+    query = lane // TOPK_PAD
+    token = tl.load(first_ptr + tile).to(tl.int64) + query
+    filled = (query < tl.load(count_ptr + tile)) & (lane % TOPK_PAD < TOPK)
+    at = (head.to(tl.int64) * tokens + token) * TOPK + lane % TOPK_PAD
+    block = tl.load(blocks_ptr + at, mask=filled, other=-1)
+    mine, other = tl.expand_dims(block, 1), tl.expand_dims(block, 0)
+    my_query, other_query = tl.expand_dims(query, 1), tl.expand_dims(query, 0)
+    same = (mine == other) & (mine >= 0)
+    bits = tl.sum(same.to(tl.int32) << other_query, 1)
+    first = (block >= 0) & (tl.sum((same & (other_query < my_query)).to(tl.int32), 1) == 0)
+    other_first = (block >= 0) & (tl.sum((same & (my_query < other_query)).to(tl.int32), 0) == 0)
+    rank = tl.sum((tl.expand_dims(other_first, 0) & (other < mine)).to(tl.int32), 1)
+    row = tl.program_id(0) * tl.num_programs(1) + head
+    tl.store(list_ptr + row * WIDTH + rank, block * 256 + bits, mask=first)
+    tl.store(length_ptr + row, tl.sum(first.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["table_row", "tokens", "tile_start"])
 def attend_selected(
-    q_ptr, k_ptr, v_ptr, blocks_ptr, out_ptr, lse_ptr, k_scale_ptr, v_scale_ptr, positions_ptr, seq_ptr, cu_k_ptr,
-    table_ptr, q_token, q_head, k_page, k_head, k_token, v_page, v_head, v_token, table_row, k_scale_page,
-    k_scale_head, v_scale_page, v_scale_head, tokens, heads, score_mul, v_mul,
+    q_ptr, k_ptr, v_ptr, list_ptr, length_ptr, out_ptr, lse_ptr, k_scale_ptr, v_scale_ptr, tile_seq_ptr, first_ptr,
+    count_ptr, positions_ptr, cu_k_ptr, table_ptr, q_token, q_head, k_page, k_head, k_token, v_page, v_head, v_token,
+    table_row, k_scale_page, k_scale_head, v_scale_page, v_scale_head, tokens, heads, score_mul, v_mul, tile_start,
     GROUP: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    TOPK: tl.constexpr, TOPK_PAD: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TOPK: tl.constexpr, TOPK_PAD: tl.constexpr, QUERIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PAGED: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One query token and KV head against SLOTS of its TOPK blocks; SHARE KV heads share one selection."""
-    token = tl.program_id(0).to(tl.int64)
+    """A tile of queries and one KV head against the keys of their blocks, one block behind the other, or one part of
+    these. The list is that of `unite_blocks`, or for a single query its row of the selection. SHARE KV heads share one
+    selection."""
+    tile = tl.program_id(0) + tile_start
     r = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    seq = tl.load(seq_ptr + token)
-    position = tl.load(positions_ptr + token)
+    seq = tl.load(tile_seq_ptr + tile).to(tl.int64)
     rows = tl.arange(0, BM)
-    real = rows < GROUP
+    query = rows // GROUP
+    real = rows < tl.load(count_ptr + tile) * GROUP
+    first = tl.load(first_ptr + tile).to(tl.int64)
+    head = r * GROUP + rows % GROUP
+    position = tl.load(positions_ptr + first + query, mask=real, other=-1).to(tl.int32)
+    last = tl.max(position, 0)
     d = tl.arange(0, D_PAD)
-    q_at = q_ptr + token * q_token + (r * GROUP + rows) * q_head
+    q_at = q_ptr + (first + query) * q_token + head * q_head
     q = tl.load(q_at[:, None] + d[None], mask=real[:, None] & (d < D)[None], other=0.0).to(DOT)
-    chosen = blocks_ptr + (r // SHARE * tokens + token) * TOPK
-    slots = tl.arange(0, TOPK_PAD)
-    filled = tl.load(chosen + slots, mask=slots < TOPK, other=-1) >= 0
-    end = tl.max(tl.where(filled, slots + 1, 0), 0)
-    end = tl.minimum(end, (part + 1) * SLOTS) * BLOCK
+    if QUERIES == 1:
+        chosen = list_ptr + (r // SHARE * tokens + first) * TOPK
+        slots = tl.arange(0, TOPK_PAD)
+        filled = tl.load(chosen + slots, mask=slots < TOPK, other=-1) >= 0
+        length = tl.max(tl.where(filled, slots + 1, 0), 0)
+    else:
+        row = tl.program_id(0) * (tl.num_programs(1) // SHARE) + r // SHARE
+        chosen = list_ptr + row * (QUERIES * TOPK_PAD)
+        length = tl.load(length_ptr + row)
+    span = tl.cdiv(length * BLOCK, BN * tl.num_programs(2)) * BN
+    end = tl.minimum(length * BLOCK, (part + 1) * span)
     table = table_ptr + seq * table_row
     start = tl.load(cu_k_ptr + seq).to(tl.int64)
     lane = tl.arange(0, BN)
     acc = tl.zeros([BM, D_PAD], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], -INF, tl.float32)
-    for n in range(part * SLOTS * BLOCK, end, BN):
+    for n in range(part * span, end, BN):
         if BLOCK % BN == 0:
-            block = tl.load(chosen + n // BLOCK)
+            entry = tl.load(chosen + n // BLOCK)
             inside = n % BLOCK + lane
         else:  # a step goes across blocks
-            block = tl.load(chosen + (n + lane) // BLOCK, mask=n + lane < end, other=-1)
+            entry = tl.load(chosen + (n + lane) // BLOCK, mask=n + lane < end, other=-1)
             inside = (n + lane) % BLOCK
+        block = entry if QUERIES == 1 else entry >> 8
         key = block * BLOCK + inside
-        usable = (block >= 0) & (key <= position)
+        usable = (key >= 0) & (key <= last)
         k_at, page = locate(table, start, block, inside, key, block >= 0, k_page, k_token, PAGED)
         v_at, page = locate(table, start, block, inside, key, block >= 0, v_page, v_token, PAGED)
         k = load_keys(k_ptr + r * k_head, k_at, d, usable, D, D_PAD, True, DOT)
@@ -109,7 +152,13 @@ def attend_selected(
         if K_SCALED:
             k_factor = tl.load(k_scale_ptr + page * k_scale_page + r * k_scale_head)
             scores *= k_factor if BLOCK % BN == 0 else k_factor[None]
-        scores = tl.where(usable[None], scores, -INF)
+        visible = usable[None] & (key[None] <= position[:, None])
+        if QUERIES > 1:
+            if BLOCK % BN == 0:
+                visible &= ((entry >> query) & 1 > 0)[:, None]
+            else:
+                visible &= (entry[None] >> query[:, None]) & 1 > 0
+        scores = tl.where(visible, scores, -INF)
         v_factor = 1.0
         if V_SCALED:
             v_factor = tl.load(v_scale_ptr + page * v_scale_page + r * v_scale_head)
@@ -117,11 +166,11 @@ def attend_selected(
                 v_factor = v_factor[None]
         v = load_keys(v_ptr + r * v_head, v_at, d, usable, D, D_PAD, True, DOT)
         acc, total, top = absorb(acc, total, top, scores, v, v_factor, DOT, PRECISION)
-    at = (part * tokens + token) * heads + r * GROUP + rows
+    at = (part * tokens + first + query) * heads + head
     finish(acc, total, top, v_mul, out_ptr, lse_ptr, at, d, real, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "tokens", "span"])
 def attend_all(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_scale_ptr, v_scale_ptr, tile_seq_ptr, first_ptr, count_ptr,
     positions_ptr, cu_k_ptr, table_ptr, q_token, q_head, k_page, k_head, k_token, v_page, v_head, v_token, table_row,
@@ -205,16 +254,16 @@ def _walk(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def combine(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows,
-    PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows, parts,
+    PARTS_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One row of PARTS partial attentions [PARTS, rows, D], lse [PARTS, rows] -> out [rows, D], lse [rows]."""
+    """One row of partial attentions [parts, rows, D], lse [parts, rows] -> out [rows, D], lse [rows]."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS_PAD)
     d = tl.arange(0, D_PAD)
-    real = part < PARTS
+    real = part < parts
     at = part * rows + row
     lse = tl.load(part_lse_ptr + at, mask=real, other=-INF)
     top = tl.max(lse, 0)

@@ -1,8 +1,8 @@
 """MSA in plain Triton: any GPU that Triton serves, from sm_80 up and AMD's, nothing that only one architecture has.
 
 select    scores of all blocks by strips of queries under the workspace bound, then the best of each row
-sparse    one program a query token and KV head; where these are few, several share its blocks
-dense     tiles of neighbouring queries; where these are few, several share the context
+sparse    tiles of a few neighbouring queries against the union of their blocks
+dense     tiles of neighbouring queries against all they see; where tiles are few, several programs share one's keys
 
 Grids follow from what the host knows of a plan; the device is never asked. Triton is imported at the first call.
 """
@@ -32,6 +32,7 @@ MAX_DIM, MAX_GROUP, MAX_TOPK = 256, 64, 128
 ROW_CHUNK = 8192  # block scores of a row that one program holds at a time
 LEAST_SPAN = 512  # keys that are worth a program of their own in a split context
 MAX_PARTS = 64
+UNION = 256  # selected blocks of a tile's queries that are united in one program
 ROWS = (128, 64)  # rows of a tile: half precision; float32 and wide heads
 STEPS = (64, 32)  # keys a step of attention: half precision; float32 and wide heads
 
@@ -268,7 +269,7 @@ def select_blocks(
             chunk = min(ROW_CHUNK, pad(widest))
             kernels.pick_blocks[((b - a) * strips.rows,)](
                 found, blocks, values if scores else found, tiles.first, tiles.count, strips.base, strips.width,
-                plan.positions, tokens, a, ROWS=strips.rows, HEADS=heads, BLOCK=block, TOPK=plan.topk,
+                plan.positions, tokens, a, strips.rows, HEADS=heads, BLOCK=block, TOPK=plan.topk,
                 TOPK_PAD=pad(plan.topk, 1), LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
                 LONG=widest > chunk, VALUES=scores, num_warps=min(8, max(1, chunk // 512)),
             )  # fmt: skip
@@ -298,22 +299,40 @@ def sparse_attention(
         return _with_gradients(q, k, v, blocks, plan, softmax_scale)
     (tokens, hq, d), hkv, block = q.shape, k.shape[1], plan.block_size
     group, call = hq // hkv, Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
-    bn = min(call.step, pad(block * plan.topk))
-    per = max(1, bn // block)  # blocks that one step takes
-    parts = call.parts(tokens * hkv, -(-plan.topk // per))
-    slots = -(-plan.topk // parts)
-    parts = -(-plan.topk // slots)
-    blocks = blocks.contiguous()
+    blocks, topk_pad = blocks.contiguous(), pad(plan.topk, 1)
+    queries = neighbours(plan, group)
+    tiles = tiles_of(plan, queries)
+    step = min(call.step, pad(block * plan.topk))
+    parts = call.parts(len(tiles) * hkv, -(-plan.topk * block // step))
+    width = queries * topk_pad
+    strip = max(1, plan.workspace_bytes // (4 * len(blocks) * (width + 1))) if queries > 1 else max(1, len(tiles))
+    lists, lengths = blocks, blocks
+    if queries > 1:
+        rows = min(strip, len(tiles)) * len(blocks)
+        lists, lengths = (torch.empty(n, dtype=torch.int32, device=q.device) for n in (rows * width, rows))
 
     def launch(out: Tensor, lse: Tensor) -> None:
-        kernels.attend_selected[(tokens, hkv, parts)](
-            call.q, k, v, blocks, out, lse, *call.scales, plan.positions, plan.seq_ids, plan.cu_seqlens_k,
-            *call.strides, tokens, hq, *call.factors, GROUP=group, SHARE=hkv // len(blocks), D=d, D_PAD=pad(d),
-            BLOCK=block, TOPK=plan.topk, TOPK_PAD=pad(plan.topk, 1), SLOTS=slots, BM=pad(group), BN=bn,
-            **call.switches, num_warps=4, num_stages=2,
-        )  # fmt: skip
+        for a in range(0, len(tiles), strip):
+            n = min(strip, len(tiles) - a)
+            if queries > 1:
+                kernels.unite_blocks[(n, len(blocks))](
+                    blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=queries, TOPK=plan.topk,
+                    TOPK_PAD=topk_pad, num_warps=max(1, min(8, width // 32)),
+                )  # fmt: skip
+            kernels.attend_selected[(n, hkv, parts)](
+                call.q, k, v, lists, lengths, out, lse, *call.scales, tiles.seq, tiles.first, tiles.count,
+                plan.positions, plan.cu_seqlens_k, *call.strides, tokens, hq, *call.factors, a, GROUP=group,
+                SHARE=hkv // len(blocks), D=d, D_PAD=pad(d), BLOCK=block, TOPK=plan.topk, TOPK_PAD=topk_pad,
+                QUERIES=queries, BM=pad(queries * group), BN=step, **call.switches, num_warps=4, num_stages=2,
+            )  # fmt: skip
 
     return call.run(launch, parts)
+
+
+def neighbours(plan: Plan, group: int) -> int:
+    """How many neighbouring queries walk the union of their blocks together: 64 rows, at most 8 queries' bits."""
+    most = min(8, 64 // group, plan.max_q, UNION // pad(plan.topk, 1))
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def dense_attention(
@@ -404,6 +423,6 @@ class Call:
             part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
             launch(part, part_lse)
             kernels.combine[(tokens * hq,)](
-                part, part_lse, out, lse, tokens * hq, PARTS=parts, PARTS_PAD=pad(parts, 1), D=d, D_PAD=pad(d)
+                part, part_lse, out, lse, tokens * hq, parts, PARTS_PAD=pad(parts, 1), D=d, D_PAD=pad(d)
             )
         return out, lse

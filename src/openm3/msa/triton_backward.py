@@ -55,7 +55,7 @@ def grad_selected(
         else:  # a step goes across blocks
             block = tl.load(chosen + (n + lane) // BLOCK, mask=n + lane < end, other=-1)
             key = block * BLOCK + (n + lane) % BLOCK
-        usable = (block >= 0) & (key <= position)
+        usable = (key >= 0) & (key <= position)
         k = load_keys(k_ptr + r * k_head, (start + key) * k_token, d, usable, D, D_PAD, True, DOT)
         v = load_keys(v_ptr + r * v_head, (start + key) * v_token, d, usable, D, D_PAD, True, DOT)
         dq = _pull(dq, q, up, lse, delta, k, v, usable[None], score_mul, DOT, PRECISION)

@@ -23,7 +23,7 @@ def to_dot(x, DOT: tl.constexpr):
     return x.to(DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "tile_start"])
 def score_blocks(
     q_ptr, k_ptr, k_scale_ptr, scores_ptr, seq_ptr, first_ptr, count_ptr, base_ptr, width_ptr,
     positions_ptr, cu_k_ptr, table_ptr, q_token, q_head, k_page, k_token, table_row, scale_page, tile_start,
@@ -127,10 +127,10 @@ def _ranks(row, ids, seen, LOCAL: tl.constexpr, INIT: tl.constexpr):
     return tl.where(ids < seen, rank, LOWEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tile_start", "tile_rows"])
 def pick_blocks(
     scores_ptr, blocks_ptr, values_ptr, first_ptr, count_ptr, base_ptr, width_ptr, positions_ptr, tokens, tile_start,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr,
+    tile_rows, HEADS: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr,
     LOCAL: tl.constexpr, INIT: tl.constexpr, CHUNK: tl.constexpr, LONG: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """One row: the TOPK best blocks, ascending; ties to the lower one. Rows longer than CHUNK are read again a step.
@@ -138,8 +138,8 @@ def pick_blocks(
     The rank of the last block to be taken is found by bisection over the ranks' 32 bits: count what is at least as
     good, halve, stop early once exactly TOPK are. A prefix sum then gives each taken block its slot.
     """
-    tile = tl.program_id(0) // ROWS + tile_start
-    r = tl.program_id(0) % ROWS
+    tile = tl.program_id(0) // tile_rows + tile_start
+    r = tl.program_id(0) % tile_rows
     if r >= tl.load(count_ptr + tile) * HEADS:
         return
     token = tl.load(first_ptr + tile).to(tl.int64) + r // HEADS
