@@ -89,14 +89,28 @@ def _interpreted() -> bool:
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    if torch.version.hip is not None:
-        return (9, 0)
+    if torch.version.hip is not None or device.type != "cuda":
+        return (8, 9)
     return torch.cuda.get_device_capability(device)
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+
+
+def stages(device: torch.device, fixed: int, piece: int, most: int) -> int:
+    """Triton's num_stages, for as many pieces of keys in shared memory as fit beside what is `fixed`, in bytes."""
+    pieces = max(1, min(most, (_shared_memory(device) - fixed - 2048) // piece))
+    # Where products read shared memory by themselves (sm_90, sm_100), the piece in use stays there; else it has left.
+    return pieces if _capability(device)[0] in (9, 10) else min(most, pieces + 1)
 
 
 def on(device: torch.device):
@@ -254,6 +268,8 @@ def select_blocks(
     page, token = (index_k.stride(0), index_k.stride(1)) if paged else (0, index_k.stride(0))
     by_page = paged and isinstance(index_k_scale, Tensor) and index_k_scale.dim() > 0
     block_pad, bn = pad(block, 1), 32 if d > 128 else 64 if small else 128
+    row_bytes = pad(d) * (4 if single else 2)
+    depth = stages(device, (bm + (bn if index_k.dtype == FP8 else 0)) * row_bytes, bn * row_bytes, 3)
     tiles = strips.tiles
     with on(device):
         for a, b, widest in strips.cuts:
@@ -264,7 +280,7 @@ def select_blocks(
                 index_q.stride(1), page, token, table_row, index_k_scale.stride(0) if by_page else 0, a,
                 HEADS=heads, D=d, D_PAD=pad(d), BLOCK=block, BLOCK_PAD=block_pad, BM=bm, BN=bn, PER=per,
                 PAGED=paged, SCALED=by_page, **_product(index_q, index_k),
-                num_warps=8 if bm == 128 else 4, num_stages=2 if small else 3,
+                num_warps=8 if bm == 128 else 4, num_stages=depth,
             )  # fmt: skip
             chunk = min(ROW_CHUNK, pad(widest))
             kernels.pick_blocks[((b - a) * strips.rows,)](
@@ -323,7 +339,8 @@ def sparse_attention(
                 call.q, k, v, lists, lengths, out, lse, *call.scales, tiles.seq, tiles.first, tiles.count,
                 plan.positions, plan.cu_seqlens_k, *call.strides, tokens, hq, *call.factors, a, GROUP=group,
                 SHARE=hkv // len(blocks), D=d, D_PAD=pad(d), BLOCK=block, TOPK=plan.topk, TOPK_PAD=topk_pad,
-                QUERIES=queries, BM=pad(queries * group), BN=step, **call.switches, num_warps=4, num_stages=2,
+                QUERIES=queries, BM=pad(queries * group), BN=step, **call.switches, num_warps=4,
+                num_stages=call.stages(pad(queries * group), step),
             )  # fmt: skip
 
     return call.run(launch, parts)
@@ -355,7 +372,8 @@ def dense_attention(
         kernels.attend_all[(len(tiles), hkv, parts)](
             call.q, k, v, out, lse, *call.scales, tiles.seq, tiles.first, tiles.count, plan.positions,
             plan.cu_seqlens_k, *call.strides, tokens, hq, *call.factors, span, GROUP=group, D=d, D_PAD=pad(d),
-            BLOCK=plan.block_size, BM=bm, BN=call.step, **call.switches, num_warps=8 if bm == 128 else 4, num_stages=2,
+            BLOCK=plan.block_size, BM=bm, BN=call.step, **call.switches, num_warps=8 if bm == 128 else 4,
+            num_stages=call.stages(bm, call.step),
         )  # fmt: skip
 
     return call.run(launch, parts)
@@ -377,8 +395,9 @@ class Call:
     ):
         self.q = q if q.stride(-1) == 1 else q.contiguous()
         self.plan, self.paged = plan, plan.page_table is not None
-        wide = q.dtype == torch.float32 or any(x.dtype not in (q.dtype, FP8) for x in (k, v))
-        self.small = wide or q.shape[-1] > 128
+        self.wide = q.dtype == torch.float32 or any(x.dtype not in (q.dtype, FP8) for x in (k, v))
+        self.fp8 = FP8 in (k.dtype, v.dtype)
+        self.small = self.wide or q.shape[-1] > 128
         self.step = STEPS[self.small]
         numbers, tensors = [1.0, 1.0], [None, None]
         for i, scale in enumerate((k_scale, v_scale) if self.paged else ()):
@@ -398,6 +417,10 @@ class Call:
         self.switches = dict(
             PAGED=self.paged, K_SCALED=tensors[0] is not None, V_SCALED=tensors[1] is not None, **self.product
         )
+
+    def stages(self, rows: int, keys: int) -> int:
+        row_bytes = pad(self.q.shape[-1]) * (4 if self.wide else 2)
+        return stages(self.q.device, (rows + 2 * keys * self.fp8) * row_bytes, 2 * keys * row_bytes, 2)
 
     def parts(self, programs: int, most: int) -> int:
         """How many programs share one query's keys, so that the device is full and the parts fit the workspace."""

@@ -256,7 +256,8 @@ def gradients(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     delta = torch.empty_like(lse)
-    sizes = dict(GROUP=group, D=d, D_PAD=host.pad(d), **call.product, num_warps=4, num_stages=1)
+    sizes = dict(GROUP=group, D=d, D_PAD=host.pad(d), **call.product, num_stages=2)
+    many = 8 if d > 64 else 4
     strides = (q.stride(0), q.stride(1), k.stride(1), k.stride(0), v.stride(1), v.stride(0))
     bm = max(min(host.ROWS[call.small] // 2, host.pad(group * plan.max_q)), host.pad(group))
     size = bm // group
@@ -265,7 +266,7 @@ def gradients(
         tiles = host.tiles_of(plan, size)
         grad_all[(len(tiles), hkv)](
             q, k, v, up, out, lse, dq, delta, tiles.seq, tiles.first, tiles.count, plan.positions, plan.cu_seqlens_k,
-            *strides, hq, factor, softmax_scale, BM=bm, BN=step, **sizes,
+            *strides, hq, factor, softmax_scale, BM=bm, BN=step, num_warps=4, **sizes,
         )  # fmt: skip
         of_keys = host.once(plan, ("keys", step, step), lambda: _key_tiles(plan, step, step))
         listed, bounds, share, listed_row = delta, delta, 1, 0
@@ -276,7 +277,7 @@ def gradients(
         grad_selected[(tokens, hkv)](
             q, k, v, up, out, lse, blocks, dq, delta, plan.positions, plan.seq_ids, plan.cu_seqlens_k, *strides,
             tokens, hq, factor, softmax_scale, SHARE=share, BLOCK=block, TOPK=plan.topk,
-            TOPK_PAD=host.pad(plan.topk, 1), BM=host.pad(group), BN=bn, **sizes,
+            TOPK_PAD=host.pad(plan.topk, 1), BM=host.pad(group), BN=bn, num_warps=4, **sizes,
         )  # fmt: skip
         step = min(step, host.pad(block))
         of_keys = host.once(plan, ("keys", block, step), lambda: _key_tiles(plan, block, step))
@@ -285,6 +286,7 @@ def gradients(
     grad_keys[(len(of_keys.seq), hkv)](
         q, k, v, up, lse, delta, dk, dv, of_keys.seq, of_keys.unit, of_keys.key, of_keys.end, listed, bounds,
         plan.positions, plan.cu_seqlens_q, plan.cu_seqlens_k, *strides, listed_row, of_keys.units, hq, factor,
-        softmax_scale, SHARE=share, BM=bm, BN=step, LISTED=blocks is not None, ASCENDING=not plan.explicit, **sizes,
+        softmax_scale, SHARE=share, BM=bm, BN=step, LISTED=blocks is not None, ASCENDING=not plan.explicit,
+        num_warps=many, **sizes,
     )  # fmt: skip
     return dq, dk, dv

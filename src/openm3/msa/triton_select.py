@@ -49,34 +49,42 @@ def score_blocks(
     width = tl.load(width_ptr + tile)
     out = scores_ptr + tl.load(base_ptr + tile) + rows.to(tl.int64) * width
     start = tl.load(cu_k_ptr + seq).to(tl.int64)
-    # Padding rows see nothing; whether a step needs a mask is asked of the real ones.
-    lowest = tl.min(tl.where(real, position, HIGHEST), 0)
-    whole = (block0 + PER) * BLOCK - 1 <= lowest
-    if whole and BLOCK == BLOCK_PAD:
-        _maxima(
-            q, k_ptr, k_scale_ptr, table_ptr, out, seq, start, position, last, real, width, block0, k_page, k_token,
-            table_row, scale_page, D, D_PAD, BLOCK, BLOCK_PAD, BM, BN, PER, PAGED, SCALED, DOT, PRECISION, False,
-        )  # fmt: skip
-    else:
-        _maxima(
-            q, k_ptr, k_scale_ptr, table_ptr, out, seq, start, position, last, real, width, block0, k_page, k_token,
-            table_row, scale_page, D, D_PAD, BLOCK, BLOCK_PAD, BM, BN, PER, PAGED, SCALED, DOT, PRECISION, True,
-        )  # fmt: skip
+    found = tl.full([BM, PER], -INF, tl.float32)
+    STEPS: tl.constexpr = PER * BLOCK_PAD // BN
+    whole, end = 0, STEPS
+    if (
+        BLOCK == BLOCK_PAD
+    ):  # the first steps' keys are seen by all rows (padding rows are not asked), the last's by none
+        lowest = tl.min(tl.where(real, position, HIGHEST), 0)
+        whole = tl.maximum(tl.minimum((lowest + 1) // BN - block0 * BLOCK // BN, STEPS), 0)
+        end = tl.minimum(last // BN + 1 - block0 * BLOCK // BN, STEPS)
+    found = _maxima(
+        found, 0, whole, q, k_ptr, k_scale_ptr, table_ptr, out, seq, start, position, last, real, width, block0,
+        k_page, k_token, table_row, scale_page, D, D_PAD, BLOCK, BLOCK_PAD, BM, BN, PER, PAGED, SCALED, DOT, PRECISION,
+        False,
+    )  # fmt: skip
+    found = _maxima(
+        found, whole, end, q, k_ptr, k_scale_ptr, table_ptr, out, seq, start, position, last, real, width, block0,
+        k_page, k_token, table_row, scale_page, D, D_PAD, BLOCK, BLOCK_PAD, BM, BN, PER, PAGED, SCALED, DOT, PRECISION,
+        True,
+    )  # fmt: skip
+    if BLOCK_PAD >= BN:
+        columns = block0 + tl.arange(0, PER)
+        tl.store(out[:, None] + columns[None], found, mask=real[:, None] & (columns < width)[None])
 
 
 @triton.jit
 def _maxima(
-    q, k_ptr, k_scale_ptr, table_ptr, out, seq, start, position, last, real, width, block0, k_page, k_token,
-    table_row, scale_page, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAD: tl.constexpr,
+    found, begin, end, q, k_ptr, k_scale_ptr, table_ptr, out, seq, start, position, last, real, width, block0, k_page,
+    k_token, table_row, scale_page, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    STEPS: tl.constexpr = PER * BLOCK_PAD // BN
+    """Steps begin .. end: blocks' maxima go into `found` [BM, PER], or where a step holds several, to memory."""
     d = tl.arange(0, D_PAD)
     lane = tl.arange(0, BN)
     column = tl.arange(0, PER)
-    found = tl.full([BM, PER], -INF, tl.float32)
-    for step in range(STEPS):
+    for step in range(begin, end):
         flat = step * BN
         if BLOCK_PAD >= BN:
             block = block0 + flat // BLOCK_PAD  # one block, or a part of one
@@ -111,9 +119,7 @@ def _maxima(
             bests = tl.max(tl.reshape(scores, [BM, BN // BLOCK_PAD, BLOCK_PAD]), 2)
             columns = block0 + flat // BLOCK_PAD + tl.arange(0, BN // BLOCK_PAD)
             tl.store(out[:, None] + columns[None], bests, mask=real[:, None] & (columns < width)[None])
-    if BLOCK_PAD >= BN:
-        columns = block0 + column
-        tl.store(out[:, None] + columns[None], found, mask=real[:, None] & (columns < width)[None])
+    return found
 
 
 @triton.jit
