@@ -33,13 +33,18 @@ def test_calls_use_the_schema_and_the_words_of_the_request():
 
 def test_adaptive_thinks_of_the_tool_and_its_types_before_a_call():
     for i in range(100):
-        turns = {mode: toolcalls.sample(random.Random(i), "test", "answer", thinking=mode).messages
+        cases = {mode: toolcalls.sample(random.Random(i), "test", "answer", thinking=mode)
                  for mode in ("adaptive", "disabled")}  # fmt: skip
+        turns, tools = {mode: case.messages for mode, case in cases.items()}, cases["adaptive"].tools
         call, answer = (m for m in turns["adaptive"] if m["role"] == "assistant")
         function = call["tool_calls"][0]["function"]
         types = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
         told = ", ".join(f"{key} {types[type(value)]}" for key, value in function["arguments"].items())
-        assert call["reasoning_content"].endswith(f": {function['name']}: {told or 'nothing'}")
+        assert f"{call['reasoning_content']}; ".split(": ")[1] == (f"{told or 'nothing'}; ")
+        read = [entry.split(" ", 1) for entry in call["reasoning_content"].split(": ")[0].split("; ")]
+        assert read[-1][0] == function["name"]
+        known = {f["name"]: f["description"][:-1] for f in (tool["function"] for tool in tools)}
+        assert read == [[name, known[name]] for name in list(known)[: len(read)]]
         assert "reasoning_content" not in answer
         assert not any("reasoning_content" in message for message in turns["disabled"])
 

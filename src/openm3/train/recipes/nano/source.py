@@ -15,11 +15,11 @@ from openm3.train.recipes.nano.retrieval import LONGEST
 from openm3.train.recipes.nano.tasks import TASKS
 
 MIX = {  # share of the tokens
-    "pictures": 0.38, "digits": 0.05, "clips": 0.07, "retrieval": 0.12, "arithmetic": 0.13, "tools": 0.15,
+    "pictures": 0.33, "digits": 0.05, "clips": 0.08, "retrieval": 0.13, "arithmetic": 0.16, "tools": 0.15,
     "dialogue": 0.05, "chat": 0.01, "document": 0.01, "continue": 0.005, "echo": 0.025,
 }  # fmt: skip
 TYPICAL = {  # tokens of a typical sample, measured; they turn shares of tokens into chances of a draw
-    "pictures": 174, "digits": 98, "clips": 135, "retrieval": 1250, "arithmetic": 146, "tools": 520,
+    "pictures": 174, "digits": 98, "clips": 135, "retrieval": 1250, "arithmetic": 161, "tools": 527,
     "dialogue": 149, "chat": 126, "document": 104, "continue": 125, "echo": 169,
 }  # fmt: skip
 START = 1024  # the longest document at first

@@ -6,10 +6,10 @@ parameters; the call follows in the order in which the user gave them. Then the 
 Every request is decided by the schemas: no two tools of a case do something with the same object, no two have the same
 name, and whether a value is a word or a list of one is what its parameter says. Two things are hard in it, and training
 has more of both than the examination: a tool whose made-up name says nothing of its purpose, so that only the
-description tells, and lists beside strings. The thought before a call settles both; adaptive thinks it, and no other
-thought of this task:
+description tells, and lists beside strings. The thought before a call settles both, and adaptive thinks it: it reads
+the tools as they stand, name before purpose, up to the one that is meant, then the types of what is given:
 
-    Send the parcel: vurir: tags array, speed string
+    mibek.show Show the mail; vurir Send the parcel: tags array, speed string
 """
 
 from __future__ import annotations
@@ -204,13 +204,18 @@ def sample(rng: random.Random, split: str, kind: str | None = None, thinking: st
                 "function": {"name": tool.name, "arguments": arguments}}  # fmt: skip
         talk.ask(request(rng, tool, arguments, field))
         types = ", ".join(f"{parameter.name} {parameter.schema()['type']}" for parameter in given)
-        talk.answer("", thought=f"{tool.purpose}: {tool.name}: {types or 'nothing'}", hard=True, calls=[call],
+        talk.answer("", thought=f"{reading(tools, tool)}: {types or 'nothing'}", hard=True, calls=[call],
                     expect=Expect("call", (tool.name, arguments)) if kind != "answer" else None)  # fmt: skip
         if kind != "call":
             said, answer = response(rng, field)
             talk.messages.append({"role": "tool", "tool_call_id": call["id"], "content": said})
             talk.answer(answer, thought=f"The tool gave the {field or 'result'}.")
     return talk.case(tool=tool, arguments=arguments, field=field)
+
+
+def reading(tools: list[Tool], meant: Tool) -> str:
+    """The tools in their order up to the one that is meant."""
+    return "; ".join(f"{tool.name} {tool.purpose}" for tool in tools[: tools.index(meant) + 1])
 
 
 def which(rng: random.Random, talk: Talk, tools: list[Tool]) -> Case:
@@ -220,8 +225,8 @@ def which(rng: random.Random, talk: Talk, tools: list[Tool]) -> Case:
             asks = ("Which tool can {b} the {o}?", "What do I use to {b} the {o}?", "Which one can {b} the {o}?",
                     "Name the tool to {b} the {o}.")  # fmt: skip
             talk.ask(phrase(rng, asks, b=tool.verb, o=tool.object))
-            talk.answer(f"Use {tool.name}.", thought=f"{tool.purpose}: {tool.name}")
+            talk.answer(f"Use {tool.name}.", thought=reading(tools, tool))
         else:
             talk.ask(phrase(rng, ("What does {n} do?", "What is {n} for?", "What can {n} do?"), n=tool.name))
-            talk.answer(f"{tool.purpose}.", thought=f"{tool.name}: {tool.purpose}")
+            talk.answer(f"{tool.purpose}.", thought=reading(tools, tool))
     return talk.case(arguments=None)
