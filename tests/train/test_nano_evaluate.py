@@ -12,7 +12,7 @@ import pytest
 
 from openm3.train.recipes.nano import compare, recipe
 from openm3.train.recipes.nano import evaluate as examination
-from openm3.train.recipes.nano.tasks import exams
+from openm3.train.recipes.nano.tasks import Exam, exams
 
 
 @dataclass
@@ -253,3 +253,28 @@ def test_a_real_engine_sits_the_examination():
     rows = examination.evaluate(llm, ["picture: s", "clip: d", "adaptive", "dialogue"], cases=1, progress=False)
     assert [row.total for row in rows] == [1, 1, 1, 1, 3, 1]
     assert "CPU" in examination.device_name(llm)
+
+
+def test_the_comparison_is_written_of_what_each_run_found(tmp_path):
+    def row(name, right):
+        return vars(examination.Row.of(Exam(name, None, 95), [True] * right + [False] * (100 - right), 100))
+
+    result = {}
+    for i, run in enumerate(compare.RUNS):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "lr": 0.1, "stage": "train"}))
+        indexer = [{"layer": 2, "block_recall": 0.5, "score_recall": 0.75}] if i else []
+        result[run] = {"rows": [row("fact in 1K tokens", 97 + i)], "losses": {"loss": 0.5 + i}, "indexer": indexer,
+                       "device": "a device"}  # fmt: skip
+    compare.report(result, tmp_path, tmp_path / "out")
+    assert json.loads((tmp_path / "out/comparison.json").read_text()) == result
+    assert (tmp_path / "out/comparison.md").read_text().splitlines() == [
+        "| | Full | MSA-PT | MSA-CPT |",
+        "| --- | ---: | ---: | ---: |",
+        "| fact in 1K tokens, % | 97.00 | 98.00 | 99.00 |",
+        "| loss: loss | 0.5000 | 1.5000 | 2.5000 |",
+        "| block recall |  | 0.500 | 0.500 |",
+        "| score recall |  | 0.750 | 0.750 |",
+    ]
+    for name in ("comparison.png", "losses.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")

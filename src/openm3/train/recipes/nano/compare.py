@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from openm3.train.recipes.nano import retrieval
-from openm3.train.recipes.nano.evaluate import Row, device_name, evaluate
+from openm3.train.recipes.nano.evaluate import Row, device_name, engine_sizes, evaluate
 from openm3.train.recipes.nano.render import to_sample
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def recall(q: Tensor, k: Tensor, rows: Tensor, chosen: Tensor, block: int) -> tu
 def compare(runs_dir: Path | str, out: Path | str, cases: int = 2000, seed: int = 0, **engine: int) -> dict[str, Any]:
     """Examines the three trained runs and writes comparison.json, comparison.md and comparison.png into `out`.
 
-    engine: `cache_tokens` and `max_batch_tokens` of `LLM`. Raises ValueError for a run without a finished model."""
+    engine: `cache_tokens` and `max_batch_tokens` of `LLM`, by default large ones on a GPU.
+    Raises ValueError for a run without a finished model."""
     dirs = {run: Path(runs_dir) / run for run in RUNS}
     for run, directory in dirs.items():
         if not (directory / "model").exists():
@@ -106,7 +107,7 @@ def examine(directory: Path, cases: int = 2000, seed: int = 0, **engine: int) ->
     from openm3.engine import LLM
     from openm3.train.metrics import read_metrics
 
-    llm = LLM(directory / "model", **engine)
+    llm = LLM(directory / "model", **(engine_sizes() | engine))
     rows = [asdict(row) for row in evaluate(llm, None, cases, seed)]
     last = [record["eval"] for record in read_metrics(directory) if "eval" in record][-1]
     indexer = recalls(llm.model) if any(llm.config.text.sparse_layers) else []

@@ -206,6 +206,13 @@ def write_table(rows: Sequence[Row], document: Path, device: str) -> None:
     document.write_text(text[: begin + len(MARKS[0])] + middle + text[end:])
 
 
+def engine_sizes() -> dict[str, int]:
+    """What suits thousands of cases at once: on a GPU wide steps over many sequences, elsewhere what LLM does."""
+    import torch
+
+    return {"cache_tokens": 1_000_000, "max_batch_tokens": 16_384} if torch.cuda.is_available() else {}
+
+
 def device_name(llm: LLM) -> str:
     """The device that a model runs on, in words."""
     import platform
@@ -226,13 +233,14 @@ def run(
     seed: int = 0,
     results: Path | None = None,
     document: Path | None = None,
-    cache_tokens: int | None = None,
-    max_batch_tokens: int = 2048,
+    **engine: int,
 ) -> list[Row]:
-    """`openm3 eval nano`: examines a model, prints the rows, writes JSON to `results` and the table into `document`."""
+    """`openm3 eval nano`: examines a model, prints the rows, writes JSON to `results` and the table into `document`.
+
+    engine: `cache_tokens` and `max_batch_tokens` of `LLM`, by default large ones on a GPU."""
     from openm3.engine import LLM
 
-    llm = LLM(name_or_dir, cache_tokens=cache_tokens, max_batch_tokens=max_batch_tokens)
+    llm = LLM(name_or_dir, **(engine_sizes() | engine))
     start = time.monotonic()
     rows = evaluate(llm, tasks, cases, seed)
     device = device_name(llm)
