@@ -262,7 +262,9 @@ def test_the_comparison_is_written_of_what_each_run_found(tmp_path):
     result = {}
     for i, run in enumerate(compare.RUNS):
         (tmp_path / run).mkdir()
-        (tmp_path / run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "lr": 0.1, "stage": "train"}))
+        (tmp_path / run / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "loss": 2.0, "lr": 0.1, "stage": "train"}) + "\n"
+        )
         indexer = [{"layer": 2, "block_recall": 0.5, "score_recall": 0.75}] if i else []
         result[run] = {"rows": [row("fact in 1K tokens", 97 + i)], "losses": {"loss": 0.5 + i}, "indexer": indexer,
                        "device": "a device"}  # fmt: skip
