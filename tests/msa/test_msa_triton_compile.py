@@ -20,7 +20,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from openm3.msa import triton_attend, triton_backward, triton_select  # noqa: E402
 
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that one program may use
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KB that one program may use
+CUDA = [arch for arch in SHARED if isinstance(arch, int)]
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
          torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 M3 = Case((4096,), (16384,), hkv=1, group=16, hi=4, d=128, di=128, block=128, topk=16, dtype=torch.bfloat16)
@@ -40,7 +41,7 @@ class Recorder:
 @contextmanager
 def recorded(monkeypatch, arch):
     with monkeypatch.context() as patch:
-        patch.setattr(triton_backend, "_capability", lambda device: (arch // 10, arch % 10))
+        patch.setattr(triton_backend, "_capability", lambda device: (arch // 10, arch % 10) if arch in CUDA else (8, 9))
         patch.setattr(triton_backend, "_shared_memory", lambda device: SHARED[arch] << 10)
         patch.setattr(triton_backend, "_multiprocessors", lambda device: 132)
         launches = []
@@ -73,7 +74,8 @@ def compiled(launch, arch):
             attributes[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    target = GPUTarget("cuda", arch, 32) if arch in CUDA else GPUTarget("hip", arch, 64)
+    return triton.compile(source, target=target, options=options)
 
 
 def launches_of(case, monkeypatch, arch, fp8=False, paged=False, gradients=False):
@@ -110,6 +112,9 @@ LONG = pytest.mark.soak
         (M3, 89, {"paged": True, "fp8": True}),
         (M3.but(lens_q=(1,)), 90, {"paged": True, "fp8": True}),
         (NANO.but(dtype=torch.float16), 86, {}),
+        (NANO, "gfx942", {}),
+        pytest.param(M3, "gfx942", {"gradients": True}, marks=LONG),
+        pytest.param(M3, "gfx942", {"paged": True, "fp8": True}, marks=LONG),
         pytest.param(M3, 89, {"gradients": True}, marks=LONG),
         pytest.param(M3, 90, {"gradients": True}, marks=LONG),
         pytest.param(M3, 100, {"gradients": True}, marks=LONG),
@@ -122,13 +127,12 @@ LONG = pytest.mark.soak
         pytest.param(M3.but(d=256, di=256, block=256), 89, {"gradients": True}, marks=LONG),
         pytest.param(M3.but(d=96, block=16, topk=64, group=32), 90, {"gradients": True}, marks=LONG),
     ],
-    ids=lambda x: x if isinstance(x, int) else None,
+    ids=lambda x: str(x) if isinstance(x, (int, str)) else None,
 )
 def test_every_launch_compiles_and_fits(case, arch, more, monkeypatch):
     launches = launches_of(case, monkeypatch, arch, **more)
     assert len(launches) >= (8 if more.get("gradients") else 4)
     for launch in launches:
         kernel = compiled(launch, arch)
-        print(launch[0].__name__, kernel.metadata.shared, kernel.metadata.num_warps)
         assert kernel.metadata.shared <= SHARED[arch] << 10, launch[0].__name__
-        assert kernel.asm["cubin"]
+        assert kernel.asm["cubin" if arch in CUDA else "hsaco"]

@@ -14,7 +14,7 @@ import triton.language as tl
 from msa_cases import Case, random_blocks, relative
 from triton.runtime import interpreter
 
-from openm3.msa import reference, triton_backend
+from openm3.msa import reference, triton_backend, triton_tiles
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {torch.float32: 1e-5, BF16: 1e-2, FP16: 5e-3}  # the interpreter cuts to bf16 where a GPU rounds
@@ -152,7 +152,7 @@ def test_strips_under_a_small_workspace_change_nothing(monkeypatch, paged):
     case = CHUNK
     tensors, plan = problem(case, paged)
     object.__setattr__(plan, "workspace_bytes", 4 * 20)
-    strips = triton_backend._strips(plan, case.hi, 64, True)
+    strips = triton_tiles.strips_of(plan, case.hi, 64, True)
     assert len(strips.cuts) > 3
     assert strips.size <= 20
     assert_same_selection(tensors, plan)

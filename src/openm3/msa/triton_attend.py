@@ -92,6 +92,41 @@ def unite_blocks(
     tl.store(length_ptr + row, tl.sum(first.to(tl.int32), 0))
 
 
+@triton.jit
+def listed(
+    list_ptr, length_ptr, first, r, tokens, QUERIES: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr,
+    TOPK_PAD: tl.constexpr,
+):  # fmt: skip
+    """This program's list and its length: that of `unite_blocks`, or for a single query its row of the selection."""
+    if QUERIES == 1:
+        chosen = list_ptr + (r // SHARE * tokens + first) * TOPK
+        slots = tl.arange(0, TOPK_PAD)
+        filled = tl.load(chosen + slots, mask=slots < TOPK, other=-1) >= 0
+        length = tl.max(tl.where(filled, slots + 1, 0), 0)
+    else:
+        row = tl.program_id(0) * (tl.num_programs(1) // SHARE) + r // SHARE
+        chosen = list_ptr + row * (QUERIES * TOPK_PAD)
+        length = tl.load(length_ptr + row)
+    return chosen, length
+
+
+@triton.jit
+def entries(chosen, n, end, lane, query, BLOCK: tl.constexpr, BN: tl.constexpr, QUERIES: tl.constexpr):
+    """The blocks of a step from key n of a list, the keys' places in them, and which rows selected them [BM, BN]."""
+    if BLOCK % BN == 0:
+        entry = tl.load(chosen + n // BLOCK)
+        inside = n % BLOCK + lane
+        members = ((entry >> query) & 1 > 0)[:, None]
+    else:  # a step goes across blocks
+        entry = tl.load(chosen + (n + lane) // BLOCK, mask=n + lane < end, other=-1)
+        inside = (n + lane) % BLOCK
+        members = (entry[None] >> query[:, None]) & 1 > 0
+    if QUERIES == 1:
+        return entry, inside, (query >= 0)[:, None]
+    else:
+        return entry >> 8, inside, members
+
+
 @triton.jit(do_not_specialize=["table_row", "tokens", "tile_start"])
 def attend_selected(
     q_ptr, k_ptr, v_ptr, list_ptr, length_ptr, out_ptr, lse_ptr, k_scale_ptr, v_scale_ptr, tile_seq_ptr, first_ptr,
@@ -102,8 +137,7 @@ def attend_selected(
     PAGED: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries and one KV head against the keys of their blocks, one block behind the other, or one part of
-    these. The list is that of `unite_blocks`, or for a single query its row of the selection. SHARE KV heads share one
-    selection."""
+    these. SHARE KV heads share one selection."""
     tile = tl.program_id(0) + tile_start
     r = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
@@ -118,15 +152,7 @@ def attend_selected(
     d = tl.arange(0, D_PAD)
     q_at = q_ptr + (first + query) * q_token + head * q_head
     q = tl.load(q_at[:, None] + d[None], mask=real[:, None] & (d < D)[None], other=0.0).to(DOT)
-    if QUERIES == 1:
-        chosen = list_ptr + (r // SHARE * tokens + first) * TOPK
-        slots = tl.arange(0, TOPK_PAD)
-        filled = tl.load(chosen + slots, mask=slots < TOPK, other=-1) >= 0
-        length = tl.max(tl.where(filled, slots + 1, 0), 0)
-    else:
-        row = tl.program_id(0) * (tl.num_programs(1) // SHARE) + r // SHARE
-        chosen = list_ptr + row * (QUERIES * TOPK_PAD)
-        length = tl.load(length_ptr + row)
+    chosen, length = listed(list_ptr, length_ptr, first, r, tokens, QUERIES, SHARE, TOPK, TOPK_PAD)
     span = tl.cdiv(length * BLOCK, BN * tl.num_programs(2)) * BN
     end = tl.minimum(length * BLOCK, (part + 1) * span)
     table = table_ptr + seq * table_row
@@ -136,13 +162,7 @@ def attend_selected(
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], -INF, tl.float32)
     for n in range(part * span, end, BN):
-        if BLOCK % BN == 0:
-            entry = tl.load(chosen + n // BLOCK)
-            inside = n % BLOCK + lane
-        else:  # a step goes across blocks
-            entry = tl.load(chosen + (n + lane) // BLOCK, mask=n + lane < end, other=-1)
-            inside = (n + lane) % BLOCK
-        block = entry if QUERIES == 1 else entry >> 8
+        block, inside, members = entries(chosen, n, end, lane, query, BLOCK, BN, QUERIES)
         key = block * BLOCK + inside
         usable = (key >= 0) & (key <= last)
         k_at, page = locate(table, start, block, inside, key, block >= 0, k_page, k_token, PAGED)
@@ -152,12 +172,7 @@ def attend_selected(
         if K_SCALED:
             k_factor = tl.load(k_scale_ptr + page * k_scale_page + r * k_scale_head)
             scores *= k_factor if BLOCK % BN == 0 else k_factor[None]
-        visible = usable[None] & (key[None] <= position[:, None])
-        if QUERIES > 1:
-            if BLOCK % BN == 0:
-                visible &= ((entry >> query) & 1 > 0)[:, None]
-            else:
-                visible &= (entry[None] >> query[:, None]) & 1 > 0
+        visible = members & usable[None] & (key[None] <= position[:, None])
         scores = tl.where(visible, scores, -INF)
         v_factor = 1.0
         if V_SCALED:

@@ -10,19 +10,17 @@ Grids follow from what the host knows of a plan; the device is never asked. Trit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from openm3.msa.keys import Scale
-from openm3.msa.plan import Plan, to_device
+from openm3.msa.plan import Plan
+from openm3.msa.triton_tiles import Tiles, strips_of, tiles_of
 
 __all__ = ["dense_attention", "refusal", "select_blocks", "sparse_attention"]
 
@@ -35,8 +33,6 @@ MAX_PARTS = 64
 UNION = 256  # selected blocks of a tile's queries that are united in one program
 ROWS = (128, 64)  # rows of a tile: half precision; float32 and wide heads
 STEPS = (64, 32)  # keys a step of attention: half precision; float32 and wide heads
-
-T = TypeVar("T")
 
 
 def refusal(q: Tensor, k: Tensor, plan: Plan, v: Tensor | None = None) -> str | None:
@@ -139,104 +135,8 @@ def _table(plan: Plan) -> tuple[Tensor, int]:
     """The page table and its row stride; for packed keys any tensor."""
     if plan.page_table is None:
         return plan.cu_seqlens_k, 0
-    return plan.page_table, plan.page_table.stride(0)
-
-
-# What is worked out once a plan --------------------------------------------------------------------------------------
-
-_known: WeakKeyDictionary[Plan, dict] = WeakKeyDictionary()
-
-
-def once(plan: Plan, key: tuple, build: Callable[[], T]) -> T:
-    known = _known.setdefault(plan, {})
-    if key not in known:
-        known[key] = build()
-    return known[key]
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Tiles of neighbouring queries of one sequence: int32 [n] each. `first` counts in the flat run."""
-
-    seq: Tensor
-    first: Tensor
-    count: Tensor
-
-    def __len__(self) -> int:
-        return len(self.seq)
-
-
-def _tiles(plan: Plan, size: int, skip: Tensor | None = None) -> tuple[Tiles, Tensor]:
-    """Tiles of `size` queries on the host, and how many keys each may see at most; `skip` [B] leading queries left out.
-
-    The longest come first within a sequence: they take the longest.
-    """
-    lens_q, lens_k = torch.tensor(plan.lens_q, dtype=torch.int64), torch.tensor(plan.lens_k, dtype=torch.int64)
-    skip = torch.zeros_like(lens_q) if skip is None else skip
-    counts = (lens_q - skip + size - 1) // size
-    seq = torch.repeat_interleave(torch.arange(len(lens_q)), counts).flip(0)
-    nth = torch.arange(len(seq)).flip(0) - (counts.cumsum(0) - counts)[seq]
-    offset = skip[seq] + nth * size
-    count = (lens_q[seq] - offset).clamp_max(size)
-    seen = lens_k[seq] if plan.explicit else (lens_k - lens_q)[seq] + offset + count
-    first = torch.tensor(plan.starts_q(), dtype=torch.int64)[seq] + offset
-    return Tiles(seq.int(), first.int(), count.int()), seen
-
-
-def _moved(tiles: Tiles, device: torch.device) -> Tiles:
-    return Tiles(*(to_device(x, device) for x in (tiles.seq, tiles.first, tiles.count)))
-
-
-def tiles_of(plan: Plan, size: int) -> Tiles:
-    """Tiles of all queries, on the plan's device; worked out once a plan."""
-    return once(plan, ("tiles", size), lambda: _moved(_tiles(plan, size)[0], plan.device))
-
-
-@dataclass(frozen=True)
-class Strips:
-    """Tiles of queries that have to choose, and where their block scores lie.
-
-    `base` int64, `width` int32 [n]: a tile's scores start at `base` of the workspace, rows of `width` blocks. `cuts`:
-    (first tile, last tile + 1, widest row) of each strip; `size`: scores of the largest strip; `rows` of a full tile.
-    """
-
-    tiles: Tiles
-    base: Tensor
-    width: Tensor
-    cuts: list[tuple[int, int, int]]
-    size: int
-    rows: int
-    covers_all: bool
-
-
-def _strips(plan: Plan, heads: int, most_rows: int, scores: bool) -> Strips:
-    lens_q, lens_k = torch.tensor(plan.lens_q, dtype=torch.int64), torch.tensor(plan.lens_k, dtype=torch.int64)
-    free = plan.topk * plan.block_size  # who sees no more keys takes all blocks, unscored
-    if scores:
-        skip = torch.zeros_like(lens_q)
-    elif plan.explicit:
-        skip = torch.where(lens_k <= free, lens_q, 0)
-    else:
-        skip = (free - (lens_k - lens_q)).clamp_min(0).minimum(lens_q)
-    limit = plan.workspace_bytes // 4
-    widest = max(1, -(-plan.max_k // plan.block_size))
-    size = max(1, min(most_rows // heads, plan.max_q, limit // (heads * widest)))
-    tiles, seen = _tiles(plan, size, skip)
-    width = (seen + plan.block_size - 1) // plan.block_size
-    cost = tiles.count.long() * heads * width
-    ends = cost.cumsum(0)
-    base, cuts, largest, a = ends - cost, [], 0, 0
-    while a < len(tiles):
-        before = int(ends[a] - cost[a])
-        b = max(a + 1, int(torch.searchsorted(ends, before + limit, right=True)))
-        cuts.append((a, b, int(width[a:b].max())))
-        largest = max(largest, int(ends[b - 1]) - before)
-        base[a:b] -= before
-        a = b
-    return Strips(
-        tiles=_moved(tiles, plan.device), base=to_device(base, plan.device), width=to_device(width.int(), plan.device),
-        cuts=cuts, size=largest, rows=size * heads, covers_all=not bool(skip.any()),
-    )  # fmt: skip
+    table = plan.page_table if plan.page_table.stride(1) == 1 else plan.page_table.contiguous()
+    return table, table.stride(0)
 
 
 # Selection -----------------------------------------------------------------------------------------------------------
@@ -252,7 +152,7 @@ def select_blocks(
     single = index_k.dtype not in (index_q.dtype, FP8) or index_q.dtype == torch.float32
     small = single or d > 128
     bm = max(min(ROWS[small], pad(heads * plan.max_q)), pad(heads))
-    strips = once(plan, ("strips", heads, bm, scores), lambda: _strips(plan, heads, bm, scores))
+    strips = strips_of(plan, heads, bm, scores)
     if strips.covers_all:
         blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
     else:
@@ -315,35 +215,45 @@ def sparse_attention(
         return _with_gradients(q, k, v, blocks, plan, softmax_scale)
     (tokens, hq, d), hkv, block = q.shape, k.shape[1], plan.block_size
     group, call = hq // hkv, Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
-    blocks, topk_pad = blocks.contiguous(), pad(plan.topk, 1)
+    blocks = blocks.contiguous()
     queries = neighbours(plan, group)
     tiles = tiles_of(plan, queries)
     step = min(call.step, pad(block * plan.topk))
     parts = call.parts(len(tiles) * hkv, -(-plan.topk * block // step))
-    width = queries * topk_pad
-    strip = max(1, plan.workspace_bytes // (4 * len(blocks) * (width + 1))) if queries > 1 else max(1, len(tiles))
-    lists, lengths = blocks, blocks
-    if queries > 1:
-        rows = min(strip, len(tiles)) * len(blocks)
-        lists, lengths = (torch.empty(n, dtype=torch.int32, device=q.device) for n in (rows * width, rows))
 
     def launch(out: Tensor, lse: Tensor) -> None:
-        for a in range(0, len(tiles), strip):
-            n = min(strip, len(tiles) - a)
-            if queries > 1:
-                kernels.unite_blocks[(n, len(blocks))](
-                    blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=queries, TOPK=plan.topk,
-                    TOPK_PAD=topk_pad, num_warps=max(1, min(8, width // 32)),
-                )  # fmt: skip
+        for a, n, lists, lengths in unions(blocks, plan, tiles, queries):
             kernels.attend_selected[(n, hkv, parts)](
                 call.q, k, v, lists, lengths, out, lse, *call.scales, tiles.seq, tiles.first, tiles.count,
                 plan.positions, plan.cu_seqlens_k, *call.strides, tokens, hq, *call.factors, a, GROUP=group,
-                SHARE=hkv // len(blocks), D=d, D_PAD=pad(d), BLOCK=block, TOPK=plan.topk, TOPK_PAD=topk_pad,
+                SHARE=hkv // len(blocks), D=d, D_PAD=pad(d), BLOCK=block, TOPK=plan.topk, TOPK_PAD=pad(plan.topk, 1),
                 QUERIES=queries, BM=pad(queries * group), BN=step, **call.switches, num_warps=4,
                 num_stages=call.stages(pad(queries * group), step),
             )  # fmt: skip
 
     return call.run(launch, parts)
+
+
+def unions(blocks: Tensor, plan: Plan, tiles: Tiles, queries: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(first tile, tiles, lists, their lengths) by strips of tiles of `queries` queries, under the workspace bound."""
+    from openm3.msa import triton_attend as kernels
+
+    if queries == 1:
+        yield 0, len(tiles), blocks, blocks
+        return
+    heads, topk_pad = len(blocks), pad(plan.topk, 1)
+    width = queries * topk_pad
+    strip = min(len(tiles), max(1, plan.workspace_bytes // (4 * heads * (width + 1))))
+    lists, lengths = (
+        torch.empty(n, dtype=torch.int32, device=blocks.device) for n in (strip * heads * width, strip * heads)
+    )
+    for a in range(0, len(tiles), strip):
+        n = min(strip, len(tiles) - a)
+        kernels.unite_blocks[(n, heads)](
+            blocks, lists, lengths, tiles.first, tiles.count, blocks.shape[1], a, QUERIES=queries, TOPK=plan.topk,
+            TOPK_PAD=topk_pad, num_warps=max(1, min(8, width // 32)),
+        )  # fmt: skip
+        yield a, n, lists, lengths
 
 
 def neighbours(plan: Plan, group: int) -> int:

@@ -17,49 +17,49 @@ from torch import Tensor
 
 from openm3.msa import triton_backend as host
 from openm3.msa.plan import Plan, to_device
-from openm3.msa.triton_attend import load_keys
+from openm3.msa.triton_attend import entries, listed, load_keys
+from openm3.msa.triton_tiles import once, tiles_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tile_start"])
 def grad_selected(
-    q_ptr, k_ptr, v_ptr, up_ptr, out_ptr, lse_ptr, blocks_ptr, dq_ptr, delta_ptr, positions_ptr, seq_ptr, cu_k_ptr,
-    q_token, q_head, k_head, k_token, v_head, v_token, tokens, heads, score_mul, softmax_scale,
-    GROUP: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    TOPK: tl.constexpr, TOPK_PAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, up_ptr, out_ptr, lse_ptr, list_ptr, length_ptr, dq_ptr, delta_ptr, tile_seq_ptr, first_ptr,
+    count_ptr, positions_ptr, cu_k_ptr, q_token, q_head, k_head, k_token, v_head, v_token, tokens, heads, score_mul,
+    softmax_scale, tile_start, GROUP: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr, QUERIES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one query token and KV head, and delta, the product of out and its gradient `up`, for the kernel below."""
-    token = tl.program_id(0).to(tl.int64)
+    """dq of a tile of queries and one KV head, over the union of their blocks as in the forward pass; and delta, the
+    product of out and its gradient `up`, for the kernel below."""
+    tile = tl.program_id(0) + tile_start
     r = tl.program_id(1).to(tl.int64)
     rows = tl.arange(0, BM)
-    real = rows < GROUP
-    head = r * GROUP + rows
-    start = tl.load(cu_k_ptr + tl.load(seq_ptr + token)).to(tl.int64)
-    position = tl.load(positions_ptr + token)
+    query = rows // GROUP
+    real = rows < tl.load(count_ptr + tile) * GROUP
+    first = tl.load(first_ptr + tile).to(tl.int64)
+    head = r * GROUP + rows % GROUP
+    start = tl.load(cu_k_ptr + tl.load(tile_seq_ptr + tile)).to(tl.int64)
+    position = tl.load(positions_ptr + first + query, mask=real, other=-1).to(tl.int32)
+    last = tl.max(position, 0)
     q, up, lse, delta = _rows(
-        q_ptr, up_ptr, out_ptr, lse_ptr, delta_ptr, token, head, real, q_token, q_head, heads, D, D_PAD, DOT
+        q_ptr, up_ptr, out_ptr, lse_ptr, delta_ptr, first + query, head, real, q_token, q_head, heads, D, D_PAD, DOT
     )
-    chosen = blocks_ptr + (r // SHARE * tokens + token) * TOPK
-    slots = tl.arange(0, TOPK_PAD)
-    filled = tl.load(chosen + slots, mask=slots < TOPK, other=-1) >= 0
-    end = tl.max(tl.where(filled, slots + 1, 0), 0) * BLOCK
+    chosen, length = listed(list_ptr, length_ptr, first, r, tokens, QUERIES, SHARE, TOPK, TOPK_PAD)
+    end = length * BLOCK
     lane = tl.arange(0, BN)
     d = tl.arange(0, D_PAD)
     dq = tl.zeros([BM, D_PAD], tl.float32)
     for n in range(0, end, BN):
-        if BLOCK % BN == 0:
-            block = tl.load(chosen + n // BLOCK)
-            key = block * BLOCK + n % BLOCK + lane
-        else:  # a step goes across blocks
-            block = tl.load(chosen + (n + lane) // BLOCK, mask=n + lane < end, other=-1)
-            key = block * BLOCK + (n + lane) % BLOCK
-        usable = (key >= 0) & (key <= position)
+        block, inside, members = entries(chosen, n, end, lane, query, BLOCK, BN, QUERIES)
+        key = block * BLOCK + inside
+        usable = (key >= 0) & (key <= last)
+        visible = members & usable[None] & (key[None] <= position[:, None])
         k = load_keys(k_ptr + r * k_head, (start + key) * k_token, d, usable, D, D_PAD, True, DOT)
         v = load_keys(v_ptr + r * v_head, (start + key) * v_token, d, usable, D, D_PAD, True, DOT)
-        dq = _pull(dq, q, up, lse, delta, k, v, usable[None], score_mul, DOT, PRECISION)
-    at = (token * heads + head)[:, None] * D + d[None]
+        dq = _pull(dq, q, up, lse, delta, k, v, visible, score_mul, DOT, PRECISION)
+    at = ((first + query) * heads + head)[:, None] * D + d[None]
     dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + at, dq, mask=real[:, None] & (d < D)[None])
 
@@ -124,11 +124,11 @@ def _pull(dq, q, up, lse, delta, k, v, visible, score_mul, DOT: tl.constexpr, PR
     return tl.dot(slope.to(DOT), k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users_row", "units"])
 def grad_keys(
     q_ptr, k_ptr, v_ptr, up_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tile_seq_ptr, unit_ptr, key_ptr, end_ptr,
-    listed_ptr, bounds_ptr, positions_ptr, cu_q_ptr, cu_k_ptr, q_token, q_head, k_head, k_token, v_head, v_token,
-    listed_row, units, heads, score_mul, softmax_scale,
+    users_ptr, bounds_ptr, positions_ptr, cu_q_ptr, cu_k_ptr, q_token, q_head, k_head, k_token, v_head, v_token,
+    users_row, units, heads, score_mul, softmax_scale,
     GROUP: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, LISTED: tl.constexpr, ASCENDING: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def grad_keys(
     v = load_keys(v_ptr + r * v_head, (start + key) * v_token, d, usable, D, D_PAD, True, DOT)
     if LISTED:
         bounds = bounds_ptr + r // SHARE * (units + 1) + tl.load(unit_ptr + tile)
-        listed = listed_ptr + r // SHARE * listed_row
+        users = users_ptr + r // SHARE * users_row
         begin = tl.load(bounds).to(tl.int32)
         end = tl.load(bounds + 1).to(tl.int32)
     else:
@@ -163,7 +163,7 @@ def grad_keys(
         nth = i + rows // GROUP
         real = (nth < end) & (rows < QUERIES * GROUP)
         if LISTED:
-            token = tl.load(listed + nth, mask=real, other=0).to(tl.int64)
+            token = tl.load(users + nth, mask=real, other=0).to(tl.int64)
         else:
             token = nth.to(tl.int64)
         head = r * GROUP + rows % GROUP
@@ -214,7 +214,7 @@ def _key_tiles(plan: Plan, unit: int, step: int) -> KeyTiles:
     return KeyTiles(*tables, first_unit=to_device(first, plan.device), units=int(counts.sum()))
 
 
-def _listed(blocks: Tensor, plan: Plan, tiles: KeyTiles) -> tuple[Tensor, Tensor]:
+def _users(blocks: Tensor, plan: Plan, tiles: KeyTiles) -> tuple[Tensor, Tensor]:
     """For each index head the queries by the block they selected: int32 [Hi, T * topk], bounds [Hi, units + 1]."""
     seen = (blocks >= 0) & (blocks * plan.block_size <= plan.positions[:, None])
     unit = torch.where(seen, blocks + tiles.first_unit[plan.seq_ids][:, None], tiles.units).flatten(1).int()
@@ -263,29 +263,33 @@ def gradients(
     size = bm // group
     step = call.step // 2 if d > 128 else call.step
     if blocks is None:
-        tiles = host.tiles_of(plan, size)
+        tiles = tiles_of(plan, size)
         grad_all[(len(tiles), hkv)](
             q, k, v, up, out, lse, dq, delta, tiles.seq, tiles.first, tiles.count, plan.positions, plan.cu_seqlens_k,
             *strides, hq, factor, softmax_scale, BM=bm, BN=step, num_warps=4, **sizes,
         )  # fmt: skip
-        of_keys = host.once(plan, ("keys", step, step), lambda: _key_tiles(plan, step, step))
-        listed, bounds, share, listed_row = delta, delta, 1, 0
+        of_keys = once(plan, ("keys", step, step), lambda: _key_tiles(plan, step, step))
+        users, bounds, share, users_row = delta, delta, 1, 0
     else:
         blocks = blocks.contiguous()
         share = hkv // len(blocks)
         bn = min(step, host.pad(block * plan.topk))
-        grad_selected[(tokens, hkv)](
-            q, k, v, up, out, lse, blocks, dq, delta, plan.positions, plan.seq_ids, plan.cu_seqlens_k, *strides,
-            tokens, hq, factor, softmax_scale, SHARE=share, BLOCK=block, TOPK=plan.topk,
-            TOPK_PAD=host.pad(plan.topk, 1), BM=host.pad(group), BN=bn, num_warps=4, **sizes,
-        )  # fmt: skip
+        queries = host.neighbours(plan, group)
+        tiles = tiles_of(plan, queries)
+        for a, n, lists, lengths in host.unions(blocks, plan, tiles, queries):
+            grad_selected[(n, hkv)](
+                q, k, v, up, out, lse, lists, lengths, dq, delta, tiles.seq, tiles.first, tiles.count, plan.positions,
+                plan.cu_seqlens_k, *strides, tokens, hq, factor, softmax_scale, a, SHARE=share, BLOCK=block,
+                TOPK=plan.topk, TOPK_PAD=host.pad(plan.topk, 1), QUERIES=queries, BM=host.pad(queries * group), BN=bn,
+                num_warps=4, **sizes,
+            )  # fmt: skip
         step = min(step, host.pad(block))
-        of_keys = host.once(plan, ("keys", block, step), lambda: _key_tiles(plan, block, step))
-        listed, bounds = _listed(blocks, plan, of_keys)
-        listed_row = listed.stride(0)
+        of_keys = once(plan, ("keys", block, step), lambda: _key_tiles(plan, block, step))
+        users, bounds = _users(blocks, plan, of_keys)
+        users_row = users.stride(0)
     grad_keys[(len(of_keys.seq), hkv)](
-        q, k, v, up, lse, delta, dk, dv, of_keys.seq, of_keys.unit, of_keys.key, of_keys.end, listed, bounds,
-        plan.positions, plan.cu_seqlens_q, plan.cu_seqlens_k, *strides, listed_row, of_keys.units, hq, factor,
+        q, k, v, up, lse, delta, dk, dv, of_keys.seq, of_keys.unit, of_keys.key, of_keys.end, users, bounds,
+        plan.positions, plan.cu_seqlens_q, plan.cu_seqlens_k, *strides, users_row, of_keys.units, hq, factor,
         softmax_scale, SHARE=share, BM=bm, BN=step, LISTED=blocks is not None, ASCENDING=not plan.explicit,
         num_warps=many, **sizes,
     )  # fmt: skip
