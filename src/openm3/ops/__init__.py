@@ -1,0 +1,11 @@
+"""The other kernels a model needs beside MSA, on tensors alone: they know no model and no engine.
+
+    q, index_q = qk_norm_rope_store(q, k, v, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, eps=1e-6, ...)
+
+Each is one launch of a Triton kernel on a GPU and plain PyTorch anywhere else, and under `torch.compile` a registered
+op, opaque to the compiler.
+"""
+
+from openm3.ops.cache_write import qk_norm_rope_store
+
+__all__ = ["qk_norm_rope_store"]
