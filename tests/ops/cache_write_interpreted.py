@@ -102,18 +102,30 @@ def test_several_tiles_a_kind(monkeypatch):
         assert_same(sizes)
 
 
-def test_caches_of_any_strides():
-    for sizes in (BASE, ODD):
-        keys_and_values = torch.randn(sizes.pages, sizes.block, sizes.hkv, 2 * sizes.d)  # by token, k beside v
-        index = torch.randn(sizes.pages, 2, sizes.block, sizes.di + 3)
-        for_each = []
-        for _ in range(2):
-            whole = keys_and_values.clone().transpose(1, 2)
-            for_each.append((whole[..., : sizes.d], whole[..., sizes.d :], index.clone()[:, 1, :, : sizes.di]))
-        outs = []
-        for run, (k_cache, v_cache, index_k_cache) in zip((cache_write.launched, cache_write.plain), for_each):
-            call = sizes.call()._replace(k_cache=k_cache, v_cache=v_cache, index_k_cache=index_k_cache)
-            cache_write.check(call)
-            outs.append((*run(call), *(x._base if x._base is not None else x for x in for_each[len(outs)])))
-        for x, y in zip(*outs):
-            assert torch.allclose(x, y, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("sizes", [BASE, ODD])
+def test_inputs_and_caches_of_any_strides(sizes):
+    """k beside v by token, v within something wider by page, index keys with a gap; inputs that are no views of one."""
+
+    def memory():
+        pairs = torch.zeros(sizes.pages, sizes.block, sizes.hkv, 2 * sizes.d)
+        wide = torch.zeros(sizes.pages, sizes.hkv + 1, sizes.block, sizes.d + 4)
+        return pairs, wide, torch.zeros(sizes.pages, 2, sizes.block, sizes.di + 3)
+
+    results = []
+    for run in (cache_write.launched, cache_write.plain):
+        pairs, wide, index = memory()
+        call = sizes.call()
+        k = torch.stack((call.k, call.k), dim=1)[:, 1]
+        q = call.q.transpose(0, 1).contiguous().transpose(0, 1)
+        index_q = torch.nn.functional.pad(call.index_q, (0, 5))[..., : sizes.di]
+        v = torch.nn.functional.pad(call.v, (0, 3))[..., : sizes.d]
+        call = call._replace(
+            q=q, k=k, v=v, index_q=index_q, index_k=call.index_k.contiguous(),
+            k_cache=pairs[..., : sizes.d].transpose(1, 2), v_cache=wide[:, 1:, :, : sizes.d],
+            index_k_cache=index[:, 1, :, : sizes.di],
+        )  # fmt: skip
+        cache_write.check(call)
+        results.append((*run(call), pairs, wide, index))
+    for x, y in zip(*results):
+        assert bool(y.any())
+        assert torch.allclose(x, y, rtol=1e-6, atol=1e-6)
