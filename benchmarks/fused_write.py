@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from openm3.ops import cache_write, qk_norm_rope_store
+from openm3.ops import apply_rope, cache_write, qk_norm_rope_store, rms_norm
 
 RESULTS = Path(__file__).parent / "results" / "fused_write.json"
 HQ, HKV, HI, D, ROTARY, BLOCK = 64, 4, 4, 128, 64, 128
@@ -83,18 +83,18 @@ def median_us(functions: list[Callable[[], object]], repeats: int) -> float:
 
 
 def plain(call: cache_write.Call) -> Callable[[], object]:
-    """PyTorch's operations, without their look for negative slots, which a graph cannot hold."""
+    """PyTorch's operations, without their look at the slots' range, which a graph cannot hold."""
     page, offset = call.slots // BLOCK, call.slots % BLOCK
 
     def turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return cache_write._rope(cache_write._norm(x, weight, call.eps), call.cos, call.sin)
+        return apply_rope(rms_norm(x, weight, call.eps), call.cos, call.sin)
 
     def step() -> None:
         turned(call.q, call.q_norm), turned(call.index_q, call.index_q_norm)
         keys = turned(call.k, call.k_norm), turned(call.index_k[:, None], call.index_k_norm).squeeze(1)
-        call.k_cache[page, :, offset] = cache_write._stored(keys[0], call.k_cache, call.k_scale)
-        call.v_cache[page, :, offset] = cache_write._stored(call.v, call.v_cache, call.v_scale)
-        call.index_k_cache[page, offset] = cache_write._stored(keys[1], call.index_k_cache, call.index_k_scale)
+        call.k_cache[page, :, offset] = cache_write.quantized(keys[0], call.k_cache.dtype, call.k_scale)
+        call.v_cache[page, :, offset] = cache_write.quantized(call.v, call.v_cache.dtype, call.v_scale)
+        call.index_k_cache[page, offset] = cache_write.quantized(keys[1], call.index_k_cache.dtype, call.index_k_scale)
 
     return step
 

@@ -13,15 +13,20 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from openm3.ops.norm_rope import apply_rope, rms_norm
 
 __all__ = ["Scale", "qk_norm_rope_store"]
 
 Scale = Tensor | float | None
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = torch.float8_e4m3fn
+CACHES = (*FLOATS, FP8)
+DTYPES = {"cos": (torch.float32,), "sin": (torch.float32,), "slots": (torch.int64,), "k_cache": CACHES,
+          "v_cache": CACHES, "index_k_cache": CACHES}  # fmt: skip
+ONE_AXIS = ("q_norm", "k_norm", "index_q_norm", "index_k_norm", "slots")
 FP8_MAX = 448.0  # what lies beyond is stored as this, not as NaN
 TILE = 2048  # values that one program of the kernel takes at a time
 
@@ -86,8 +91,9 @@ def qk_norm_rope_store(
     [T, Di], their norms [Di], index_k_cache [P, block, Di].
 
     Caches of float8_e4m3fn hold values divided by their scale (a positive number, or a tensor of one on the device) and
-    cut at 448. Inputs are bf16, fp16 or float32. Returns q and index_q of the same shapes and dtypes, the latter None
-    without an index branch. No gradient: ValueError where one is wanted, and for what does not fit.
+    cut at 448. Inputs are bf16, fp16, float32, or float64 (never by the kernel). Returns q and index_q of the same
+    shapes and dtypes, the latter None without an index branch. No gradient: ValueError where one is wanted, and for
+    what does not fit.
     """
     call = Call(
         q, k, v, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, eps, index_q, index_k, index_q_norm, index_k_norm,
@@ -104,10 +110,6 @@ def qk_norm_rope_store(
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """By the kernel where a GPU serves it, else plainly; an empty tensor for index queries that there are not."""
-    if call.slots.device.type == "cpu" and len(call.slots):
-        high, block = int(call.slots.max()), call.k_cache.shape[2]
-        if high >= len(call.k_cache) * block:
-            raise ValueError(f"slots: up to {high}, the caches have {len(call.k_cache)} pages of {block} tokens")
     return launched(call) if _served(call) else plain(call)
 
 
@@ -115,41 +117,36 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def plain(call: Call) -> tuple[Tensor, Tensor]:
-    """On any device, in PyTorch's own operations."""
+    """On any device, in PyTorch's own operations. ValueError for slots beyond the caches."""
     index_q, index_k, index_q_norm, index_k_norm, index_k_cache = call.index
-    page, offset = call.slots // call.k_cache.shape[2], call.slots % call.k_cache.shape[2]
-    kept: Tensor | slice = slice(None)
-    if bool((call.slots < 0).any()):
-        kept = (call.slots >= 0).nonzero().squeeze(-1)
-        page, offset = page[kept], offset[kept]
+    slots, block = call.slots, call.k_cache.shape[2]
+    low, high = (int(x) for x in slots.aminmax()) if len(slots) else (0, 0)
+    if high >= len(call.k_cache) * block:
+        raise ValueError(f"slots: up to {high}, the caches have {len(call.k_cache)} pages of {block} tokens")
+    kept = None if low >= 0 else (slots >= 0).nonzero().squeeze(-1)
+    slots = slots if kept is None else slots[kept]
+    page, offset = slots // block, slots % block
 
     def turned(x: Tensor, weight: Tensor) -> Tensor:
-        return _rope(_norm(x, weight, call.eps), call.cos, call.sin)
+        return apply_rope(rms_norm(x, weight, call.eps), call.cos, call.sin)
 
-    call.k_cache[page, :, offset] = _stored(turned(call.k, call.k_norm)[kept], call.k_cache, call.k_scale)
-    call.v_cache[page, :, offset] = _stored(call.v[kept], call.v_cache, call.v_scale)
+    def stored(x: Tensor, cache: Tensor, scale: Scale) -> Tensor:
+        return quantized(x if kept is None else x[kept], cache.dtype, scale)
+
+    call.k_cache[page, :, offset] = stored(turned(call.k, call.k_norm), call.k_cache, call.k_scale)
+    call.v_cache[page, :, offset] = stored(call.v, call.v_cache, call.v_scale)
     q = turned(call.q, call.q_norm)
     if index_k is None:
         return q, q.new_empty(0)
-    keys = turned(index_k[:, None], index_k_norm)[kept].squeeze(1)
-    index_k_cache[page, offset] = _stored(keys, index_k_cache, call.index_k_scale)
+    keys = turned(index_k[:, None], index_k_norm).squeeze(1)
+    index_k_cache[page, offset] = stored(keys, index_k_cache, call.index_k_scale)
     return q, turned(index_q, index_q_norm)
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.float(), x.shape[-1:], 1.0 + weight.float(), eps).to(x.dtype)
-
-
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), dim=-1)
-
-
-def _stored(x: Tensor, cache: Tensor, scale: Scale) -> Tensor:
-    if cache.dtype != FP8:
-        return x.to(cache.dtype)
+def quantized(x: Tensor, dtype: torch.dtype, scale: Scale) -> Tensor:
+    """As a cache of `dtype` holds it: float8_e4m3fn over its scale, cut at 448."""
+    if dtype != FP8:
+        return x.to(dtype)
     x = x.float() if scale is None else x.float() / scale
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
@@ -166,8 +163,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _served(call: Call) -> bool:
-    caches = [x for x in (call.k_cache, call.v_cache, call.index_k_cache) if x is not None]
-    return _capability(call.q.device) >= ((8, 9) if any(x.dtype == FP8 for x in caches) else (8, 0))
+    capability = _capability(call.q.device)
+    if capability < (8, 0):
+        return False
+    dtypes = {x.dtype for x in call if isinstance(x, Tensor)}
+    return torch.float64 not in dtypes and (FP8 not in dtypes or capability >= (8, 9))
 
 
 def launched(call: Call) -> tuple[Tensor, Tensor]:
@@ -275,32 +275,20 @@ def check(call: Call) -> None:
             "index_k_cache": (pages, block, di),
         }  # fmt: skip
     for name, shape in shapes.items():
-        _check_tensor(name, getattr(call, name), shape, call.q.device)
+        x = getattr(call, name)
+        if x.shape != shape or x.dtype not in DTYPES.get(name, FLOATS) or x.device != call.q.device:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.get(name, FLOATS))
+            raise ValueError(
+                f"{name}: {x.dtype} {list(x.shape)} on {x.device}, must be {allowed} {list(shape)} on {call.q.device}"
+            )
+        if name not in ONE_AXIS and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name}: stride {x.stride(-1)} along its last axis, must be 1")
     if 2 * half > min(widths):
         raise ValueError(f"cos: {half} angles turn {2 * half} channels, more than the {min(widths)} of a head")
     for name in ("k", "v", "index_k"):
         _check_scale(f"{name}_scale", getattr(call, f"{name}_scale"), getattr(call, f"{name}_cache"))
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call):
         raise ValueError("a gradient is wanted: call it under torch.no_grad(); it has none")
-
-
-def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name}: {list(x.shape)}, must be {list(shape)}")
-    dtypes: tuple[torch.dtype, ...] = FLOATS
-    if name in ("cos", "sin"):
-        dtypes = (torch.float32,)
-    elif name == "slots":
-        dtypes = (torch.int64,)
-    elif name.endswith("_cache"):
-        dtypes = (*FLOATS, FP8)
-    if x.dtype not in dtypes:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name}: {x.dtype}, must be one of {allowed}")
-    if x.device != device:
-        raise ValueError(f"{name}: on {x.device}, must be on q's device {device}")
-    if x.shape[-1] > 1 and x.dim() > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{name}: stride {x.stride(-1)} along its last axis, must be 1")
 
 
 def _check_scale(name: str, scale: Scale, cache: Tensor | None) -> None:
