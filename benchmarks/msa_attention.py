@@ -96,9 +96,8 @@ class Settings:
     copied: int = 2 << 30
     budget_ms: float = 150.0
     repeats: tuple[int, int] = (3, 30)  # at least, at most
-    cold: int | None = (
-        None  # bytes between two uses of a decode step's caches; None: four times the L2, 300 MiB or more
-    )
+    # Bytes between two uses of a decode step's caches; None: four times the L2, at least 300 MiB.
+    cold: int | None = None
     seconds: float = 3600.0
 
 
@@ -550,9 +549,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no measurement after so many")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--resume", action="store_true", help="keep what --output holds, and measure the rest")
-    parser.add_argument(
-        "--output", type=Path, help="default: results/msa_attention_CARD.json (_quick) beside this file"
-    )
+    parser.add_argument("--output", type=Path, help="default: results/msa_attention_CARD.json, with --quick _quick.json")
     args = parser.parse_args()
     what = tuple(args.what.split(","))
     for name in what:
