@@ -549,7 +549,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin no measurement after so many")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--resume", action="store_true", help="keep what --output holds, and measure the rest")
-    parser.add_argument("--output", type=Path, help="default: results/msa_attention_CARD.json, with --quick _quick.json")
+    parser.add_argument("--output", type=Path, help="default: results/msa_attention_CARD.json (or _quick)")
     args = parser.parse_args()
     what = tuple(args.what.split(","))
     for name in what:
