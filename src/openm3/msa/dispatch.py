@@ -72,8 +72,9 @@ BACKENDS: dict[str, Backend] = {
         triton_backend.refusal,
     ),
 }  # fmt: skip
-# What backend=None tries on a device, the best first; then "torch", which serves everything.
-PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
+# What backend=None tries on a device, the best first; then "torch", which serves everything. "triton" comes in here
+# once its tests have passed on a GPU; until then it is taken by name.
+PREFERRED: dict[str, tuple[str, ...]] = {}
 
 
 def function_of(
