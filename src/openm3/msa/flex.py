@@ -19,6 +19,7 @@ from torch import Tensor
 from openm3.msa.plan import Plan, to_device
 
 TILE = 128
+RECOMPILES = 64  # PyTorch's own limit of 8 is soon reached by prompts of many sizes; it then attends without a kernel
 
 
 @cache
@@ -125,8 +126,9 @@ def attention(
         F.pad(x, (0, 0, 0, 0, 0, size - len(x))).transpose(0, 1)[None] for x, size in ((q, t), (k, n), (v, n))
     )
     mask = _block_mask(layout, selected, group, plan.block_size)
-    out, aux = _kernel(compiled)(
-        queries, keys.to(q.dtype), values.to(q.dtype), block_mask=mask, scale=scale, enable_gqa=True,
-        return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
+        out, aux = _kernel(compiled)(
+            queries, keys.to(q.dtype), values.to(q.dtype), block_mask=mask, scale=scale, enable_gqa=True,
+            return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
     return out[0].transpose(0, 1)[: len(q)], aux.lse[0].T[: len(q)]
