@@ -121,6 +121,8 @@ Z = torch.zeros
     ("change", "message"),
     [
         ({"q": Z(7, 64)}, r"q: \[7, 64\], must be \[T, heads, dim\]"),
+        ({"k": Z(7, 0, 16)}, r"k: \[7, 0, 16\], must be \[T, KV heads, dim\]"),
+        ({"index_q": Z(7, 0, 8)}, r"index_q: \[7, 0, 8\], must be \[T, index heads, dim\]"),
         ({"v": Z(7, 3, 16)}, r"v: torch.float32 \[7, 3, 16\] on cpu, must be bfloat16, .* \[7, 2, 16\] on cpu"),
         ({"k_cache": Z(5, 2, 16)}, r"k_cache: \[5, 2, 16\], must be \[pages, KV heads, block, dim\]"),
         ({"v_cache": Z(4, 2, 4, 16)}, r"v_cache: torch.float32 \[4, 2, 4, 16\] .*float8_e4m3fn \[5, 2, 4, 16\]"),

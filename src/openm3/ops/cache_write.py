@@ -247,9 +247,9 @@ def _(q, k, v, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, eps, index_q, 
 
 def check(call: Call) -> None:
     """ValueError, by name and value, for what does not fit together."""
-    if call.q.dim() != 3:
+    if call.q.dim() != 3 or not call.q.shape[1]:
         raise ValueError(f"q: {list(call.q.shape)}, must be [T, heads, dim]")
-    if call.k.dim() != 3:
+    if call.k.dim() != 3 or not call.k.shape[1]:
         raise ValueError(f"k: {list(call.k.shape)}, must be [T, KV heads, dim]")
     if call.k_cache.dim() != 4:
         raise ValueError(f"k_cache: {list(call.k_cache.shape)}, must be [pages, KV heads, block, dim]")
@@ -266,7 +266,7 @@ def check(call: Call) -> None:
         raise ValueError(f"{', '.join(missing)}: missing; the index branch comes whole or not at all")
     widths = [d]
     if all(given):
-        if call.index_q.dim() != 3:
+        if call.index_q.dim() != 3 or not call.index_q.shape[1]:
             raise ValueError(f"index_q: {list(call.index_q.shape)}, must be [T, index heads, dim]")
         hi, di = call.index_q.shape[1:]
         widths.append(di)
@@ -274,12 +274,13 @@ def check(call: Call) -> None:
             "index_q": (tokens, hi, di), "index_k": (tokens, di), "index_q_norm": (di,), "index_k_norm": (di,),
             "index_k_cache": (pages, block, di),
         }  # fmt: skip
+    tensors, device = call._asdict(), call.q.device
     for name, shape in shapes.items():
-        x = getattr(call, name)
-        if x.shape != shape or x.dtype not in DTYPES.get(name, FLOATS) or x.device != call.q.device:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.get(name, FLOATS))
+        x, dtypes = tensors[name], DTYPES.get(name, FLOATS)
+        if x.shape != shape or x.dtype not in dtypes or x.device != device:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(
-                f"{name}: {x.dtype} {list(x.shape)} on {x.device}, must be {allowed} {list(shape)} on {call.q.device}"
+                f"{name}: {x.dtype} {list(x.shape)} on {x.device}, must be {allowed} {list(shape)} on {device}"
             )
         if name not in ONE_AXIS and x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{name}: stride {x.stride(-1)} along its last axis, must be 1")
