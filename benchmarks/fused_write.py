@@ -59,7 +59,7 @@ def moved(call: cache_write.Call) -> int:
 
 
 def fused(call: cache_write.Call) -> None:
-    qk_norm_rope_store(*call[:10], **dict(zip(call._fields[10:], call[10:])))
+    qk_norm_rope_store(*call[:10], **dict(zip(call._fields[10:], call[10:])) | {"backend": "triton"})
 
 
 def median_us(functions: list[Callable[[], object]], repeats: int) -> float:
@@ -111,8 +111,8 @@ def main() -> None:
     for cache in (torch.bfloat16, torch.float8_e4m3fn):
         for tokens in args.tokens:
             first = problem(tokens, cache)
-            if not cache_write._served(first):
-                print(f"{cache}: this GPU is not served by the kernel")
+            if reason := cache_write._refusal(first):
+                print(f"{cache}: {reason}")
                 continue
             size = moved(first)
             calls = [first, *(problem(tokens, cache) for _ in range(min(32, COLD_BYTES // size)))]

@@ -36,7 +36,7 @@ def test_it_is_bit_for_bit_what_the_models_modules_do(sizes):
 def test_an_fp8_cache_holds_values_over_their_scale_cut_at_448():
     wide, narrow = BASE.call(), BASE.but(cache=FP8, scale=0.003).call()
     called(wide), called(narrow)
-    for x, y, scale in zip(changed(wide), changed(narrow), narrow[-3:]):
+    for x, y, scale in zip(changed(wide), changed(narrow), narrow.scales):
         written = x.movedim(-2, 1).flatten(0, 1)[wide.slots]
         held = y.movedim(-2, 1).flatten(0, 1)[narrow.slots]
         assert torch.equal(held.float(), (written / scale).clamp(-448, 448).to(FP8).float())
@@ -60,7 +60,7 @@ def test_a_token_with_a_negative_slot_changes_no_cache():
 def test_it_is_a_well_formed_op(sizes):
     call = sizes.call()
     scales = [None if x.dtype != FP8 else torch.tensor(0.5) for x in changed(call)]
-    args = (*call[:-3], *scales, *[None] * (3 - len(scales)))
+    args = (*call[:-4], *scales, *[None] * (3 - len(scales)), None)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     wanted = checks[1:] if sizes.cache == FP8 else checks  # the first compares tensors, which it cannot in fp8
     torch.library.opcheck(torch.ops.openm3.qk_norm_rope_store.default, args, test_utils=wanted)
@@ -91,27 +91,42 @@ def test_the_kernel_in_tritons_interpreter():
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "cache", "served"),
+    ("device", "capability", "cache", "reason"),
     [
-        ("cpu", (9, 0), torch.bfloat16, False),
-        ("cuda", (8, 0), torch.bfloat16, True),
-        ("cuda", (8, 0), FP8, False),
-        ("cuda", (8, 9), FP8, True),
-        ("cuda", (7, 5), torch.float16, False),
+        ("cpu", (9, 0), torch.bfloat16, "it needs a GPU, the tensors are on cpu"),
+        ("cuda", (8, 0), torch.bfloat16, None),
+        ("cuda", (8, 0), FP8, "it needs compute capability 8.9 or above, this GPU has 8.0"),
+        ("cuda", (8, 9), FP8, None),
+        ("cuda", (7, 5), torch.float16, "it needs compute capability 8.0 or above, this GPU has 7.5"),
+        ("cuda", (9, 0), torch.float64, "it has no float64"),
     ],
 )
-def test_the_kernel_serves_gpus_that_can(device, capability, cache, served, monkeypatch):
+def test_the_kernel_says_why_it_cannot_serve(device, capability, cache, reason, monkeypatch):
     pytest.importorskip("triton")
-    cache_write._capability.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cache_write, "_capability", lambda device: capability)
 
     class There(torch.Tensor):
         device = property(lambda self: where)
 
     where = torch.device(device, 0)
-    call = BASE.but(cache=cache).call()
-    assert cache_write._served(call._replace(q=call.q.as_subclass(There))) == served
-    cache_write._capability.cache_clear()
+    call = BASE.but(cache=torch.float32 if cache == torch.float64 else cache).call()
+    q = call.q.double() if cache == torch.float64 else call.q
+    assert cache_write._refusal(call._replace(q=q.as_subclass(There))) == reason
+
+
+def test_the_best_backend_is_taken_and_a_named_one_or_none(monkeypatch):
+    taken = []
+    monkeypatch.setattr(cache_write, "launched", lambda call: taken.append("triton"))
+    monkeypatch.setattr(cache_write, "plain", lambda call: taken.append("torch"))
+    call = BASE.call()
+    for preferred, refusal in (({}, None), ({"cpu": "triton"}, None), ({"cpu": "triton"}, "no")):
+        monkeypatch.setattr(cache_write, "PREFERRED", preferred)
+        monkeypatch.setattr(cache_write, "_refusal", lambda call, reason=refusal: reason)
+        for name in (None, "torch"):
+            cache_write.run(call._replace(backend=name))
+    assert taken == ["torch", "torch", "triton", "torch", "torch", "torch"]
+    with pytest.raises(ValueError, match="backend = 'triton': cannot serve this call: no"):
+        cache_write.run(call._replace(backend="triton"))
 
 
 Z = torch.zeros
@@ -120,6 +135,8 @@ Z = torch.zeros
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"backend": "cuda"}, "backend = 'cuda': must be one of triton, torch, or None"),
+        ({"backend": "triton"}, "backend = 'triton': cannot serve this call: it needs a GPU"),
         ({"q": Z(7, 64)}, r"q: \[7, 64\], must be \[T, heads, dim\]"),
         ({"k": Z(7, 0, 16)}, r"k: \[7, 0, 16\], must be \[T, KV heads, dim\]"),
         ({"index_q": Z(7, 0, 8)}, r"index_q: \[7, 0, 8\], must be \[T, index heads, dim\]"),

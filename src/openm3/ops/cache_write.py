@@ -28,6 +28,10 @@ DTYPES = {"cos": (torch.float32,), "sin": (torch.float32,), "slots": (torch.int6
           "v_cache": CACHES, "index_k_cache": CACHES}  # fmt: skip
 ONE_AXIS = ("q_norm", "k_norm", "index_q_norm", "index_k_norm", "slots")
 FP8_MAX = 448.0  # what lies beyond is stored as this, not as NaN
+BACKENDS = ("triton", "torch")
+# What backend=None takes on a device, where it can serve. "triton" comes in here for "cuda" once its tests have passed
+# on a GPU; until then it is taken by name.
+PREFERRED: dict[str, str] = {}
 TILE = 2048  # values that one program of the kernel takes at a time
 
 
@@ -53,6 +57,11 @@ class Call(NamedTuple):
     k_scale: Scale
     v_scale: Scale
     index_k_scale: Scale
+    backend: str | None = None
+
+    @property
+    def scales(self) -> tuple[Scale, Scale, Scale]:
+        return self.k_scale, self.v_scale, self.index_k_scale
 
     @property
     def index(self) -> tuple[Tensor | None, ...]:
@@ -80,6 +89,7 @@ def qk_norm_rope_store(
     k_scale: Scale = None,
     v_scale: Scale = None,
     index_k_scale: Scale = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Normalizes and rotates q, k and the index branch's, and writes k, v and the index keys into their pages.
 
@@ -92,25 +102,31 @@ def qk_norm_rope_store(
 
     Caches of float8_e4m3fn hold values divided by their scale (a positive number, or a tensor of one on the device) and
     cut at 448. Inputs are bf16, fp16, float32, or float64 (never by the kernel). Returns q and index_q of the same
-    shapes and dtypes, the latter None without an index branch. No gradient: ValueError where one is wanted, and for
-    what does not fit.
+    shapes and dtypes, the latter None without an index branch.
+
+    No gradient: ValueError where one is wanted, for what does not fit, and for a `backend` ("triton", one launch on a
+    GPU, or "torch") that cannot serve the call; None takes the best that can.
     """
     call = Call(
         q, k, v, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, eps, index_q, index_k, index_q_norm, index_k_norm,
-        index_k_cache, k_scale, v_scale, index_k_scale,
+        index_k_cache, k_scale, v_scale, index_k_scale, backend,
     )  # fmt: skip
     check(call)
     if torch.compiler.is_compiling():
-        scales = (_tensor(scale) for scale in call[-3:])
-        q, index_q = torch.ops.openm3.qk_norm_rope_store(*call[:-3], *scales)
+        scales = (_tensor(scale) for scale in call.scales)
+        q, index_q = torch.ops.openm3.qk_norm_rope_store(*call[:-4], *scales, backend)
     else:
         q, index_q = run(call)
     return q, None if index_k is None else index_q
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
-    """By the kernel where a GPU serves it, else plainly; an empty tensor for index queries that there are not."""
-    return launched(call) if _served(call) else plain(call)
+    """By the backend asked for or the best one; an empty tensor for index queries that there are not."""
+    refusal = _refusal(call)
+    if call.backend == "triton" and refusal:
+        raise ValueError(f"backend = 'triton': cannot serve this call: {refusal}")
+    name = call.backend or ("torch" if refusal else PREFERRED.get(call.q.device.type, "torch"))
+    return launched(call) if name == "triton" else plain(call)
 
 
 # The definition ------------------------------------------------------------------------------------------------------
@@ -156,18 +172,22 @@ def quantized(x: Tensor, dtype: torch.dtype, scale: Scale) -> Tensor:
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """(0, 0) without a GPU or without Triton; AMD's count as one that has fp8."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return (0, 0)
+    """AMD's count as one that has fp8."""
     return (8, 9) if torch.version.hip is not None else torch.cuda.get_device_capability(device)
 
 
-def _served(call: Call) -> bool:
-    capability = _capability(call.q.device)
-    if capability < (8, 0):
-        return False
-    dtypes = {x.dtype for x in call if isinstance(x, Tensor)}
-    return torch.float64 not in dtypes and (FP8 not in dtypes or capability >= (8, 9))
+def _refusal(call: Call) -> str | None:
+    """Why the kernel cannot serve these tensors, or None if it can."""
+    device = call.q.device
+    if device.type != "cuda":
+        return f"it needs a GPU, the tensors are on {device.type}"
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'openm3[gpu]'"
+    dtypes, capability = {x.dtype for x in call if isinstance(x, Tensor)}, _capability(device)
+    least = (8, 9) if FP8 in dtypes else (8, 0)
+    if capability < least:
+        return "it needs compute capability {}.{} or above, this GPU has {}.{}".format(*least, *capability)
+    return "it has no float64" if torch.float64 in dtypes else None
 
 
 def launched(call: Call) -> tuple[Tensor, Tensor]:
@@ -190,7 +210,7 @@ def launched(call: Call) -> tuple[Tensor, Tensor]:
     widths = (_pad(half), _pad(d - 2 * half), _pad(di - 2 * half))
     rows = max(1, TILE // _pad(max(d, di)))
     tiles = sum(-(-tokens * heads // rows) for heads in (hq, hkv, hkv, *((hi, 1) if indexed else ())))
-    numbers, tensors = zip(*(_split(scale, out) for scale in call[-3:]))
+    numbers, tensors = zip(*(_split(scale, out) for scale in call.scales))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernels.norm_rope_store[(tiles,)](
             call.q, call.k, call.v, index_q, index_k, call.q_norm.contiguous(), call.k_norm.contiguous(),
@@ -225,7 +245,8 @@ def _tensor(scale: Scale) -> Tensor | None:
 
 _SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor q_norm, Tensor k_norm, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
 _SCHEMA += "Tensor(b!) v_cache, Tensor slots, float eps, Tensor? index_q, Tensor? index_k, Tensor? index_q_norm, "
-_SCHEMA += "Tensor? index_k_norm, Tensor(c!)? index_k_cache, Tensor? k_scale, Tensor? v_scale, Tensor? index_k_scale"
+_SCHEMA += "Tensor? index_k_norm, Tensor(c!)? index_k_cache, Tensor? k_scale, Tensor? v_scale, Tensor? index_k_scale, "
+_SCHEMA += "str? backend"
 
 
 @torch.library.custom_op(
@@ -247,6 +268,8 @@ def _(q, k, v, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, eps, index_q, 
 
 def check(call: Call) -> None:
     """ValueError, by name and value, for what does not fit together."""
+    if call.backend not in (*BACKENDS, None):
+        raise ValueError(f"backend = {call.backend!r}: must be one of {', '.join(BACKENDS)}, or None for the best one")
     if call.q.dim() != 3 or not call.q.shape[1]:
         raise ValueError(f"q: {list(call.q.shape)}, must be [T, heads, dim]")
     if call.k.dim() != 3 or not call.k.shape[1]:
