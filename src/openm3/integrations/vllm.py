@@ -10,7 +10,8 @@ vLLM itself is not imported. Pages hold one block of 128 tokens: index keys [P, 
 attend alike. Scores and blocks of no key are -inf and -1.
 
 Lengths stay on the device: a step's positions are computed there, so that decode may be captured in a CUDA graph after
-one call outside of it. Only a prefill of several sequences reads where its queries start, a wait for the device.
+one call outside of it, where openm3 attends by its Triton backend. Only a prefill of several sequences reads where its
+queries start, a wait for the device.
 """
 
 from __future__ import annotations
