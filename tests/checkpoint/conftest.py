@@ -11,11 +11,6 @@ import torch
 from openm3.config import M3Config, SparseConfig, TextConfig, VisionConfig
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., M3Config]:
     """Makes a config of three small layers, dense then MSA + MoE; keywords replace fields of the text config."""

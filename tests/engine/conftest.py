@@ -13,12 +13,3 @@ def model() -> M3:
     model = M3(tiny_config()).eval()
     model.reset_parameters(std=0.15)
     return model
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """The products are tiny: threads only cost, and on a busy machine a hundredfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

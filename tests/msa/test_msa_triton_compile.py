@@ -15,15 +15,11 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("kernels for the interpreter do not compile", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
+import triton_targets  # noqa: E402
 from openm3.msa import triton_attend, triton_backward, triton_select  # noqa: E402
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KB that one program may use
 CUDA = [arch for arch in SHARED if isinstance(arch, int)]
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
-         torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 M3 = Case((4096,), (16384,), hkv=1, group=16, hi=4, d=128, di=128, block=128, topk=16, dtype=torch.bfloat16)
 NANO = M3.but(hkv=2, group=4, hi=2, d=64, di=64, block=64, topk=8)
 
@@ -57,25 +53,6 @@ KERNELS = [
     (triton_attend, "unite_blocks"), (triton_attend, "attend_all"), (triton_attend, "combine"),
     (triton_backward, "grad_selected"), (triton_backward, "grad_all"), (triton_backward, "grad_keys"),
 ]  # fmt: skip
-
-
-def compiled(launch, arch):
-    kernel, args, options = launch
-    names = kernel.arg_names
-    constants = {n: options.pop(n) for n in names if n in options}
-    signature, attributes = {}, {}
-    for i, (name, value) in enumerate(zip(names, args)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-        special = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if special and not kernel.params[i].do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
-    target = GPUTarget("cuda", arch, 32) if arch in CUDA else GPUTarget("hip", arch, 64)
-    return triton.compile(source, target=target, options=options)
 
 
 def launches_of(case, monkeypatch, arch, fp8=False, paged=False, gradients=False):
@@ -133,6 +110,6 @@ def test_every_launch_compiles_and_fits(case, arch, more, monkeypatch):
     launches = launches_of(case, monkeypatch, arch, **more)
     assert len(launches) >= (8 if more.get("gradients") else 4)
     for launch in launches:
-        kernel = compiled(launch, arch)
+        kernel = triton_targets.compiled(*launch, arch)
         assert kernel.metadata.shared <= SHARED[arch] << 10, launch[0].__name__
         assert kernel.asm["cubin" if arch in CUDA else "hsaco"]

