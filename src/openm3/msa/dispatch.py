@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openm3.msa import loss, reference, torch_backend, triton_backend
+from openm3.msa import hopper_backend, loss, reference, torch_backend, triton_backend
 from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan
 
@@ -70,6 +70,10 @@ BACKENDS: dict[str, Backend] = {
     "triton": Backend(
         triton_backend.select_blocks, triton_backend.sparse_attention, triton_backend.dense_attention, None,
         triton_backend.refusal,
+    ),
+    "hopper": Backend(
+        hopper_backend.select_blocks, hopper_backend.sparse_attention, hopper_backend.dense_attention, None,
+        hopper_backend.refusal,
     ),
 }  # fmt: skip
 # What backend=None tries on a device, the best first; then "torch", which serves everything. "triton" comes in here

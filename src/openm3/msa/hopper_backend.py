@@ -1,0 +1,213 @@
+"""MSA on Hopper (sm_90a), for the M3 family's sizes on paged caches: tensor maps, wgmma, programmatic launches.
+
+decode    up to 16 query tokens a sequence: four launches, the context split over the card (`hopper_decode.py`)
+others    the portable kernels of `triton_backend.py`
+
+Grids follow from what the host knows of a plan, so a captured step follows lengths that change on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openm3.msa import triton_backend
+from openm3.msa.keys import Scale
+from openm3.msa.plan import Plan
+from openm3.msa.triton_backend import FP8, HALVES, Call, on, pad
+
+__all__ = ["TUNING", "Tuning", "dense_attention", "refusal", "select_blocks", "sparse_attention"]
+
+BLOCK = DIM = 128
+GROUPS, TOPKS, INDEX_HEADS = (8, 16), (8, 16, 32), (1, 2, 4)
+MOST_ROWS = 64  # of the narrow operand in decode: (query, head) pairs
+MOST_QUERIES = 16  # tokens a sequence that are still a decode step
+MOST_SPAN = 256  # steps of one program, whose pages it holds in registers
+MOST_BLOCKS = 16384  # of one row of scores
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a kernel's speed depends on and its result does not. Stages are buffers of keys in shared memory."""
+
+    score_stages: int = 3
+    score_warps: int = 4
+    score_waves: int = 2  # programs a multiprocessor
+    pick_chunk: int = 512  # blocks a warp
+    attend_keys: int = 64  # keys a step
+    attend_stages: int = 3
+    attend_warps: int = 4
+    attend_waves: int = 2
+    programmatic: bool = True  # the next kernel is set up while one still runs
+
+
+TUNING = Tuning()
+
+
+def refusal(q: Tensor, k: Tensor, plan: Plan, v: Tensor | None = None) -> str | None:
+    """Why this backend cannot serve these tensors ((index) queries and keys), or None if it can."""
+    if reason := triton_backend.refusal(q, k, plan, v):
+        return reason
+    if q.is_cuda and (torch.version.hip is not None or triton_backend._capability(q.device) != (9, 0)):
+        return "it needs a Hopper GPU (sm_90)"
+    if plan.page_table is None:
+        return "packed keys: its keys lie in pages"
+    if plan.block_size != BLOCK or q.shape[-1] != DIM:
+        return f"blocks of {plan.block_size}, head dim {q.shape[-1]}: must be {BLOCK} and {DIM}"
+    if plan.topk not in TOPKS:
+        return f"topk = {plan.topk}: must be one of {TOPKS}"
+    if v is None and q.shape[1] not in INDEX_HEADS:
+        return f"{q.shape[1]} index heads: must be one of {INDEX_HEADS}"
+    if v is not None and q.shape[1] // k.shape[1] not in GROUPS:
+        return f"{q.shape[1] // k.shape[1]} query heads a KV head: must be one of {GROUPS}"
+    if q.dtype not in HALVES:
+        return f"queries of {q.dtype}: must be bfloat16 or float16"
+    for x in (k,) if v is None else (k, v):
+        if x.dtype not in (q.dtype, FP8) or x.dtype != k.dtype:
+            return f"keys of {x.dtype}: must be {q.dtype} as the queries are, or float8_e4m3fn"
+        if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1]):
+            return f"keys with strides {x.stride()}: pages, heads and tokens must start at multiples of 16 bytes"
+    return None
+
+
+def _launch(warps: int, plan: Plan) -> dict:
+    programmatic = TUNING.programmatic and plan.device.type == "cuda"
+    return dict(PDL=programmatic, num_warps=warps) | (dict(launch_pdl=True) if programmatic else {})
+
+
+def _each(plan: Plan) -> int:
+    """How many query tokens every sequence has, or 0."""
+    return plan.max_q if min(plan.lens_q) == plan.max_q else 0
+
+
+def _is_step(plan: Plan) -> bool:
+    return 0 < plan.max_q <= MOST_QUERIES and -(-plan.max_k // BLOCK) <= MOST_BLOCKS
+
+
+def _pages(x: Tensor, keys: int):
+    """The tensor map of pages [P, (Hkv,) BLOCK, DIM], read `keys` of one page at a time."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [1] * (x.dim() - 2) + [keys, DIM])
+
+
+def _split(steps: int, programs: int, waves: int, device: torch.device) -> tuple[int, int]:
+    """(parts, most steps of a part) that give the card its waves of programs."""
+    wanted = max(1, waves * triton_backend._multiprocessors(device) // programs)
+    share = min(MOST_SPAN, -(-steps // min(wanted, steps)))
+    return -(-steps // share), share
+
+
+# Selection -----------------------------------------------------------------------------------------------------------
+
+
+def select_blocks(
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale = None, scores: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Without `scores`, queries that see no more blocks than they may select may take all of them, unscored."""
+    heads = index_q.shape[1]
+    rows, width = pad(heads * plan.max_q), -(-plan.max_k // BLOCK)
+    if _is_step(plan) and 4 * len(plan.lens_q) * rows * width <= plan.workspace_bytes:
+        return _select_step(index_q, index_k, plan, index_k_scale, scores, rows, width)
+    return triton_backend.select_blocks(index_q, index_k, plan, index_k_scale, scores)
+
+
+def _select_step(
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, rows: int, width: int
+) -> tuple[Tensor, Tensor | None]:
+    from openm3.msa import hopper_decode as kernels
+
+    (tokens, heads, _), device, batch, tuning = index_q.shape, index_q.device, len(plan.lens_q), TUNING
+    blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
+    values = torch.empty(blocks.shape, dtype=torch.float32, device=device) if scores else None
+    found = torch.empty(batch, rows, width, dtype=torch.float32, device=device)
+    index_q = index_q if index_q.stride(-1) == 1 else index_q.contiguous()
+    by_page = isinstance(index_k_scale, Tensor) and index_k_scale.dim() > 0
+    table, table_row = triton_backend._table(plan)
+    splits, span = _split(width, batch, tuning.score_waves, device)
+    chunk = pad(width, plan.topk)
+    lengths = dict(EACH=_each(plan), HEADS=heads, ROWS=rows, BLOCK=BLOCK)
+    with on(device):
+        kernels.score_step[(splits, batch)](
+            index_q, _pages(index_k, BLOCK), index_k_scale if by_page else found, found, plan.cu_seqlens_q,
+            plan.positions, table, index_q.stride(0), index_q.stride(1), table_row,
+            index_k_scale.stride(0) if by_page else 0, width, **lengths, D=DIM, SPAN=pad(span, 1), SCALED=by_page,
+            DOT=triton_backend._product(index_q, index_k)["DOT"], STAGES=tuning.score_stages,
+            **_launch(tuning.score_warps, plan),
+        )  # fmt: skip
+        kernels.pick_step[(heads * plan.max_q, batch)](
+            found, blocks, values if scores else found, plan.cu_seqlens_q, plan.positions, width, tokens, **lengths,
+            TOPK=plan.topk, TOPK_PAD=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
+            VALUES=scores, **_launch(min(8, max(1, chunk // tuning.pick_chunk)), plan),
+        )  # fmt: skip
+    if scores and index_k_scale is not None and not by_page:
+        values *= index_k_scale
+    return blocks, values
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float,
+    k_scale: Scale = None, v_scale: Scale = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    parts, span = _parts(q, k, plan, plan.topk * BLOCK, len(q))
+    if not parts:
+        return triton_backend.sparse_attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
+    call = Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
+    return _attend_step(call, k, v, blocks.contiguous(), plan, parts, span)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale = None, v_scale: Scale = None
+) -> tuple[Tensor, Tensor]:
+    parts, span = _parts(q, k, plan, plan.max_k, len(plan.lens_q))
+    if not parts or plan.max_q * q.shape[1] // k.shape[1] > MOST_ROWS:
+        return triton_backend.dense_attention(q, k, v, plan, softmax_scale, k_scale, v_scale)
+    return _attend_step(Call(q, k, v, plan, softmax_scale, k_scale, v_scale), k, v, None, plan, parts, span)
+
+
+def _parts(q: Tensor, k: Tensor, plan: Plan, keys: int, units: int) -> tuple[int, int]:
+    """How a decode step's keys are split; (0, 0) for a plan that is none, or where the parts exceed the workspace."""
+    if not _is_step(plan):
+        return 0, 0
+    steps = max(1, -(-keys // TUNING.attend_keys))
+    parts, span = _split(steps, units * k.shape[1], TUNING.attend_waves, q.device)
+    return (parts, span) if 4 * parts * len(q) * q.shape[1] * (DIM + 1) <= plan.workspace_bytes else (0, 0)
+
+
+def _attend_step(
+    call: Call, k: Tensor, v: Tensor, blocks: Tensor | None, plan: Plan, parts: int, span: int
+) -> tuple[Tensor, Tensor]:
+    from openm3.msa import hopper_decode as kernels
+
+    q, tuning = call.q, TUNING
+    (tokens, heads, _), hkv, device = q.shape, k.shape[1], q.device
+    group, selected = heads // hkv, blocks is not None
+    table, q_token, q_head, *_, table_row, k_page, k_head, v_page, v_head = call.strides
+    step = tuning.attend_keys
+    units = (tokens if selected else len(plan.lens_q)) * hkv
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
+    part, part_lse = out, lse
+    if parts > 1:
+        part = torch.empty(parts, *q.shape, dtype=torch.float32, device=device)
+        part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=device)
+    with on(device):
+        kernels.attend_step[(units, parts)](
+            q, _pages(k, step), _pages(v, step), blocks if selected else table, part, part_lse, *call.scales,
+            plan.cu_seqlens_q, plan.seq_ids, plan.positions, table, q_token, q_head, table_row, k_page, k_head, v_page,
+            v_head, tokens, heads, *call.factors, EACH=_each(plan), GROUP=group, KV_HEADS=hkv,
+            SHARE=hkv // len(blocks) if selected else 1, TOPK=plan.topk, SELECTED=selected,
+            ROWS=pad(group if selected else group * plan.max_q), BLOCK=BLOCK, BN=step, D=DIM, SPAN=pad(span, 1),
+            K_SCALED=call.switches["K_SCALED"], V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"],
+            STAGES=tuning.attend_stages, **_launch(tuning.attend_warps, plan),
+        )  # fmt: skip
+        if parts > 1:
+            kernels.combine_step[(tokens * heads,)](
+                part, part_lse, out, lse, tokens * heads, parts, PARTS_PAD=pad(parts, 1), D=DIM, **_launch(4, plan)
+            )
+    return out, lse

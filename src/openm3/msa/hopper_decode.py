@@ -1,0 +1,231 @@
+"""Decode on Hopper: a few query tokens a sequence over long paged caches, bound by the bytes it reads.
+
+    score_step    every index key once, the context split over the card: each block's best score, [B, rows, blocks]
+    pick_step     the k best of each row
+    attend_step   the selected blocks (or all blocks) of one KV head, split over the card
+    combine_step  the parts of a split, joined by their log-sum-exp
+
+Pages come in through tensor maps, several in flight. Keys are the tall operand of each product and the few queries the
+narrow one, so nothing is padded to the tensor cores' 64 rows. Grids follow from the plan's sizes on the host; lengths
+are read on the device. With PDL each kernel is set up while the one before it still runs, and waits for its results.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from openm3.msa.triton_select import _place, _ranks, to_dot
+
+INF = tl.constexpr(float("inf"))
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-(2**31))
+FORCED = tl.constexpr(2**31 - 2)
+
+
+@triton.jit
+def enter(PDL: tl.constexpr):
+    """The next kernel may be set up; this one goes on when the one before it has written what it writes."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def queries_of(cu_q_ptr, seq, EACH: tl.constexpr):
+    """The first query token of a sequence and how many it has: EACH, or 0 where they differ."""
+    if EACH:
+        return seq * EACH, EACH
+    else:
+        first = tl.load(cu_q_ptr + seq)
+        return first, tl.load(cu_q_ptr + seq + 1) - first
+
+
+@triton.jit
+def nth(listed, n, SPAN: tl.constexpr):
+    """Entry n of a list in registers: a load in the loop would take a stage of its pipeline from the keys."""
+    return tl.sum(tl.where(tl.arange(0, SPAN) == n, listed, 0), 0)
+
+
+@triton.jit(do_not_specialize=["table_row", "width"])
+def score_step(
+    q_ptr, k_pages, k_scale_ptr, scores_ptr, cu_q_ptr, positions_ptr, table_ptr, q_token, q_head, table_row,
+    scale_page, width, EACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One of the equal shares, of at most SPAN, of a sequence's blocks against all its rows: (query, index head)."""
+    enter(PDL)
+    seq = tl.program_id(1)
+    first, count = queries_of(cu_q_ptr, seq, EACH)
+    rows = tl.arange(0, ROWS)
+    real = rows < count * HEADS
+    token = first + rows // HEADS
+    position = tl.load(positions_ptr + token, mask=real, other=-1).to(tl.int32)
+    blocks = (tl.max(position, 0) + BLOCK) // BLOCK
+    share = tl.cdiv(blocks, tl.num_programs(0))
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, blocks)
+    d = tl.arange(0, D)
+    q_at = q_ptr + token.to(tl.int64) * q_token + (rows % HEADS) * q_head
+    q = tl.trans(tl.load(q_at[:, None] + d[None], mask=real[:, None], other=0.0).to(DOT))
+    key = tl.arange(0, BLOCK)
+    out = scores_ptr + (seq * ROWS + rows).to(tl.int64) * width
+    table = table_ptr + seq.to(tl.int64) * table_row
+    nearby = begin + tl.arange(0, SPAN)
+    pages = tl.load(table + nearby, mask=nearby < end, other=0)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        page = nth(pages, block - begin, SPAN)
+        k = to_dot(k_pages.load([page, 0, 0]).reshape([BLOCK, D]), DOT)
+        scores = tl.dot(k, q)  # [BLOCK, ROWS]
+        scores = tl.where((block * BLOCK + key)[:, None] <= position[None], scores, -INF)
+        best = tl.max(scores, 0)
+        if SCALED:  # a scale is positive: it may wait until one score a block is left
+            best *= tl.load(k_scale_ptr + page.to(tl.int64) * scale_page)
+        tl.store(out + block, best, mask=real)
+
+
+@triton.jit(do_not_specialize=["width", "tokens"])
+def pick_step(
+    scores_ptr, blocks_ptr, values_ptr, cu_q_ptr, positions_ptr, width, tokens, EACH: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr,
+    LOCAL: tl.constexpr, INIT: tl.constexpr, CHUNK: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row of at most CHUNK blocks: the TOPK best, ascending; ties to the lower one.
+
+    The rank of the last block to be taken is found by bisection. It starts near: each of TOPK_PAD groups of blocks has
+    one at least as good as the worst group's best, and none is better than the best of all.
+    """
+    enter(PDL)
+    seq, r = tl.program_id(1), tl.program_id(0)
+    first, count = queries_of(cu_q_ptr, seq, EACH)
+    if r < count * HEADS:
+        token = (first + r // HEADS).to(tl.int64)
+        seen = (tl.load(positions_ptr + token).to(tl.int32) + BLOCK) // BLOCK
+        row = scores_ptr + (seq * ROWS + r).to(tl.int64) * width
+        lane = tl.arange(0, CHUNK)
+        rank = _ranks(row, lane, seen, LOCAL, INIT)
+        low = tl.full([], LOWEST, tl.int32)
+        if seen > TOPK:
+            # At least TOPK blocks rank as high as `low`, at most TOPK as high as `high`.
+            low = tl.min(tl.max(tl.reshape(rank, [CHUNK // TOPK_PAD, TOPK_PAD]), 0), 0)
+            high = tl.max(tl.where(rank == FORCED, LOWEST, rank), 0) + 1
+            low = tl.minimum(low, high - 1)
+            middle = (low & high) + ((low ^ high) >> 1)
+            while middle != low:
+                count = tl.sum((rank >= middle).to(tl.int32), 0)
+                low = tl.where(count >= TOPK, middle, low)
+                high = tl.where(count > TOPK, high, middle)
+                middle = (low & high) + ((low ^ high) >> 1)
+        room = TOPK - tl.sum((rank > low).to(tl.int32), 0)
+        at = ((r % HEADS).to(tl.int64) * tokens + token) * TOPK
+        slots = tl.arange(0, TOPK_PAD)
+        none = (slots >= tl.minimum(seen, TOPK)) & (slots < TOPK)
+        tl.store(blocks_ptr + at + slots, tl.full([TOPK_PAD], -1, tl.int32), mask=none)
+        if VALUES:
+            tl.store(values_ptr + at + slots, tl.full([TOPK_PAD], -INF, tl.float32), mask=none)
+        _place(row, rank, lane, seen, low, room, 0, blocks_ptr + at, values_ptr + at, VALUES)
+
+
+@triton.jit(do_not_specialize=["table_row", "tokens"])
+def attend_step(
+    q_ptr, k_pages, v_pages, blocks_ptr, out_ptr, lse_ptr, k_scale_ptr, v_scale_ptr, cu_q_ptr, seq_ids_ptr,
+    positions_ptr, table_ptr, q_token, q_head, table_row, k_scale_page, k_scale_head, v_scale_page, v_scale_head,
+    tokens, heads, score_mul, v_mul, EACH: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
+    SHARE: tl.constexpr, TOPK: tl.constexpr, SELECTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One part, of at most SPAN steps of BN keys, of what one KV head attends to: one token's selected blocks, or all
+    blocks of a sequence for its few tokens. SHARE KV heads share one selection. Stores the part's output and lse."""
+    enter(PDL)
+    unit = tl.program_id(0) // KV_HEADS
+    r = tl.program_id(0) % KV_HEADS
+    part = tl.program_id(1).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    if SELECTED:
+        seq = tl.load(seq_ids_ptr + unit).to(tl.int64)
+        token = unit + rows * 0
+        real = rows < GROUP
+    else:
+        seq = unit.to(tl.int64)
+        first, count = queries_of(cu_q_ptr, unit, EACH)
+        token = first + rows // GROUP
+        real = rows < count * GROUP
+    position = tl.load(positions_ptr + token, mask=real, other=-1).to(tl.int32)
+    if SELECTED:
+        steps = TOPK * BLOCK // BN
+        chosen = blocks_ptr + (r // SHARE * tokens + unit).to(tl.int64) * TOPK
+    else:
+        steps = (tl.max(position, 0) + BN) // BN
+        chosen = blocks_ptr
+    share = tl.cdiv(steps, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, steps)
+    d = tl.arange(0, D)
+    head = r * GROUP + rows % GROUP
+    q_at = q_ptr + token.to(tl.int64) * q_token + head * q_head
+    q = tl.trans(tl.load(q_at[:, None] + d[None], mask=real[:, None], other=0.0).to(DOT))
+    table = table_ptr + seq * table_row
+    PER: tl.constexpr = BLOCK // BN
+    nearby = begin + tl.arange(0, SPAN)
+    listed = nearby // PER
+    if SELECTED:
+        listed = tl.load(chosen + nearby // PER, mask=nearby < end, other=-1)
+    pages = tl.load(table + tl.maximum(listed, 0), mask=nearby < end, other=0)
+    lane = tl.arange(0, BN)
+    acc = tl.zeros([D, ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], -INF, tl.float32)
+    for step in tl.range(begin, end, num_stages=STAGES):
+        block = step // PER
+        if SELECTED:
+            block = nth(listed, step - begin, SPAN)
+        inside = step % PER * BN
+        page = nth(pages, step - begin, SPAN)
+        k = to_dot(k_pages.load([page, r, inside, 0]).reshape([BN, D]), DOT)
+        scores = tl.dot(k, q) * score_mul  # [BN, ROWS]
+        if K_SCALED:
+            scores *= tl.load(k_scale_ptr + page.to(tl.int64) * k_scale_page + r * k_scale_head)
+        # Where no block is, no key is before any position.
+        key = tl.where(block >= 0, block * BLOCK + inside, 2**31 - 1 - BN) + lane
+        scores = tl.where(key[:, None] <= position[None], scores, -INF)
+        best = tl.maximum(top, tl.max(scores, 0))
+        safe = tl.where(best == -INF, 0.0, best)
+        p = tl.exp2(scores - safe[None])
+        fade = tl.exp2(top - safe)
+        total = total * fade + tl.sum(p, 0)
+        if V_SCALED:
+            p *= tl.load(v_scale_ptr + page.to(tl.int64) * v_scale_page + r * v_scale_head)
+        v = to_dot(v_pages.load([page, r, inside, 0]).reshape([BN, D]), DOT)
+        acc = tl.dot(tl.trans(v), p.to(DOT), acc * fade[None])
+        top = best
+    some = total > 0.0
+    whole = tl.where(some, total, 1.0)
+    at = (part * tokens + token) * heads + head
+    out = acc * (v_mul / whole)[None]
+    tl.store(out_ptr + at[None] * D + d[:, None], out.to(out_ptr.dtype.element_ty), mask=real[None])
+    tl.store(lse_ptr + at, tl.where(some, (top + tl.log2(whole)) * LN2, -INF), mask=real)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def combine_step(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows, parts, PARTS_PAD: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr
+):
+    """One row of the parts [parts, rows, D], lse [parts, rows] -> out [rows, D], lse [rows]."""
+    enter(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS_PAD)
+    d = tl.arange(0, D)
+    at = part * rows + row
+    lse = tl.load(part_lse_ptr + at, mask=part < parts, other=-INF)
+    x = tl.load(part_ptr + at[:, None] * D + d[None], mask=(part < parts)[:, None], other=0.0)
+    top = tl.max(lse, 0)
+    safe = tl.where(top == -INF, 0.0, top)
+    weight = tl.exp(lse - safe)
+    total = tl.sum(weight, 0)
+    whole = tl.where(total > 0.0, total, 1.0)
+    out = tl.sum(x * weight[:, None], 0) / whole
+    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty))
+    tl.store(lse_ptr + row, tl.where(total > 0.0, safe + tl.log(whole), -INF))

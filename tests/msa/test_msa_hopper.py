@@ -1,0 +1,166 @@
+"""The Hopper backend on a machine without a GPU: its kernels in the interpreter, compiled for sm_90, its refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from msa_cases import Case
+
+from openm3.msa import hopper_backend, triton_backend
+
+triton = pytest.importorskip("triton")
+HERE = Path(__file__).parent
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+STEP = Case((1, 1), (4096, 2000), hkv=4, group=16, hi=4, d=128, di=128, block=128, topk=16, dtype=BF16)
+
+
+def test_the_kernels_in_tritons_interpreter():
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+    command.append("test_msa_hopper_interpreted.py")
+    run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert "passed" in run.stdout
+
+
+@contextmanager
+def recorded(monkeypatch, kernels):
+    """What the kernels are launched with, on a card of 132 multiprocessors; nothing runs."""
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((self.kernel, grid, args, options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_backend, "_multiprocessors", lambda device: 132)
+        for module, name in kernels:
+            patch.setattr(module, name, Recorder(getattr(module, name)))
+        yield launches
+
+
+def step_kernels():
+    from openm3.msa import hopper_decode
+
+    return [(hopper_decode, name) for name in ("score_step", "pick_step", "attend_step", "combine_step")]
+
+
+def compiled(kernel, args, options):
+    """A recorded launch compiled for sm_90a."""
+    from triton.backends.compiler import GPUTarget
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from triton_targets import TYPES
+
+    options, names, signature, special = dict(options, PDL=True), kernel.arg_names, {}, {}
+    constants = {name: options.pop(name) for name in names if name in options}
+    for i, (name, value) in enumerate(zip(names, args)):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        whole = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if whole and not kernel.params[i].do_not_specialize:
+            special[(i,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(kernel, signature, constants, special)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def run_step(case, monkeypatch, fp8=False):
+    t, plan = case.tensors().in_pages(), case.paged()
+    index_k, k, v = (x.to(FP8) if fp8 else x for x in (t.index_k, t.k, t.v))
+    scale = torch.ones(len(k), case.hkv) if fp8 else None
+    with recorded(monkeypatch, step_kernels()) as launches:
+        index_scale = None if scale is None else scale[:, 0].contiguous()
+        blocks, _ = hopper_backend.select_blocks(t.index_q, index_k, plan, index_scale, scores=False)
+        hopper_backend.sparse_attention(t.q, k, v, blocks, plan, 0.1, scale, scale)
+        hopper_backend.dense_attention(t.q, k, v, plan, 0.1, scale, scale)
+    return launches
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels for the interpreter do not compile")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("case", [STEP, STEP.but(lens_q=(4, 4), hkv=1, group=8, hi=1, topk=8)], ids=["one", "four"])
+def test_every_decode_launch_compiles_and_two_programs_share_a_multiprocessor(case, fp8, monkeypatch):
+    launches = run_step(case, monkeypatch, fp8)
+    assert [launch[0].__name__ for launch in launches] == [
+        "score_step", "pick_step", "attend_step", "combine_step", "attend_step", "combine_step",
+    ]  # fmt: skip
+    for kernel, _, args, options in launches:
+        found = compiled(kernel, args, options)
+        assert found.metadata.shared <= 113 << 10, kernel.__name__
+        assert found.asm["cubin"]
+        assert "griddepcontrol.wait" in found.asm["ptx"]
+        assert "st.local" not in found.asm["ptx"]
+        if kernel.__name__ in ("score_step", "attend_step"):
+            assert "wgmma.mma_async" in found.asm["ptx"]
+            assert "cp.async.bulk.tensor" in found.asm["ptx"]
+
+
+def test_the_card_is_filled_and_grids_ignore_the_lengths_on_the_device(monkeypatch):
+    long = STEP.but(lens_q=(1,), lens_k=(128 * 1024,), hkv=1, hi=1)  # 1024 blocks
+    t, plan = long.tensors().in_pages(), long.paged()
+    grids = []
+    for position in (131071, 5):
+        plan.positions.fill_(position)
+        with recorded(monkeypatch, step_kernels()) as launches:
+            hopper_backend.select_blocks(t.index_q, t.index_k, plan)
+            hopper_backend.dense_attention(t.q, t.k, t.v, plan, 0.1)
+        grids.append([launch[1] for launch in launches])
+    assert grids[0] == grids[1]
+    assert grids[0][0] == (256, 1)  # two programs a multiprocessor, 4 blocks each
+    assert grids[0][1] == (1, 1)
+    assert grids[0][2] == (1, 256)  # 8 steps of 64 keys each
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(block=64), "blocks of 64"),
+        (dict(d=64), "head dim 64"),
+        (dict(topk=12), "topk = 12"),
+        (dict(group=4), "4 query heads"),
+        (dict(dtype=torch.float32), "torch.float32"),
+    ],
+)
+def test_what_it_is_not_made_for_it_names(change, reason, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_interpreted", lambda: True)
+    case = STEP.but(lens_k=(200, 100))
+    t, plan = case.tensors().in_pages(), case.paged()
+    assert hopper_backend.refusal(t.q, t.k, plan, t.v) is None
+    assert hopper_backend.refusal(t.index_q, t.index_k, plan) is None
+    assert "packed" in hopper_backend.refusal(t.q, case.tensors().k, case.packed(), case.tensors().v)
+    assert "3 index heads" in hopper_backend.refusal(t.index_q[:, :3], t.index_k, plan)
+    padded = torch.cat((t.k, t.k[..., :1]), dim=-1)[..., :128]
+    assert "16 bytes" in hopper_backend.refusal(t.q, padded, plan, t.v)
+    case = case.but(**change)
+    t = case.tensors().in_pages()
+    assert reason in hopper_backend.refusal(t.q, t.k, case.paged(), t.v)
+
+
+def test_other_gpus_are_refused(monkeypatch):
+    class OnGpu(torch.Tensor):
+        device = property(lambda self: torch.device("cuda", 0))
+        is_cuda = True
+
+    case = STEP.but(lens_k=(200, 100))
+    t, plan = case.tensors().in_pages(), case.paged()
+    q = t.q.as_subclass(OnGpu)
+    for capability, reason in (((9, 0), None), ((8, 0), "Hopper"), ((10, 0), "Hopper")):
+        monkeypatch.setattr(triton_backend, "_capability", lambda device, found=capability: found)
+        found = hopper_backend.refusal(q, t.k, plan, t.v)
+        assert found is None if reason is None else reason in found

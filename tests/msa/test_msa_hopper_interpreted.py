@@ -1,0 +1,136 @@
+"""The Hopper backend's plain Triton kernels on the CPU, in Triton's interpreter, against the reference.
+`test_msa_hopper.py` runs this file in a process of its own, with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from msa_cases import Case, random_blocks, relative
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("for the interpreter", allow_module_level=True)
+
+from triton_interpreted import an_interpreter_that_multiplies_bf16  # noqa: E402, F401
+
+from openm3.msa import hopper_backend, reference, triton_backend  # noqa: E402
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+STEP = Case(
+    (1, 1, 1), (1500, 129, 1), hkv=2, group=8, hi=2, d=128, di=128, block=128, topk=8, integers=True, dtype=BF16
+)
+RAGGED = STEP.but(lens_q=(2, 0, 1), lens_k=(1300, 4, 128), hi=4, hkv=4, group=16)
+TREE = STEP.but(lens_q=(4, 2), lens_k=(1200, 17), positions=(1100, 1101, 1101, 300, 16, -1))
+FORCED = STEP.but(lens_k=(2500, 1400, 1281), local=3, init=4)
+CASES = [STEP, RAGGED, TREE, FORCED, STEP.but(topk=16, lens_k=(2200, 2049, 2048), hi=1)]
+
+
+@pytest.fixture(autouse=True)
+def _no_portable_kernel_instead(monkeypatch):
+    """Few multiprocessors, so that shares hold several blocks; and nothing is handed on."""
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 4)
+
+    def never(*args):
+        raise AssertionError("handed on to the portable backend")
+
+    for name in ("select_blocks", "sparse_attention", "dense_attention"):
+        monkeypatch.setattr(triton_backend, name, never)
+
+
+def assert_same_selection(t, plan, scale=None):
+    assert hopper_backend.refusal(t.index_q, t.index_k, plan) is None
+    wanted, scores = reference.select_blocks(t.index_q, t.index_k, plan, scale)
+    found, values = hopper_backend.select_blocks(t.index_q, t.index_k, plan, scale)
+    assert torch.equal(found, wanted)
+    assert torch.equal(values, scores)
+    assert torch.equal(hopper_backend.select_blocks(t.index_q, t.index_k, plan, scale, scores=False)[0], wanted)
+
+
+def attend(module, t, blocks, plan, *scales):
+    if module is reference:
+        return reference.attention(t.q, t.k, t.v, blocks, plan, 0.05, *scales)
+    if blocks is None:
+        return module.dense_attention(t.q, t.k, t.v, plan, 0.05, *scales)
+    return module.sparse_attention(t.q, t.k, t.v, blocks, plan, 0.05, *scales)
+
+
+def assert_close(t, blocks, plan, exact=None, scales=(None, None)):
+    assert hopper_backend.refusal(t.q, t.k, plan, t.v) is None
+    out, lse = attend(hopper_backend, t, blocks, plan, *scales)
+    wanted, wanted_lse = attend(reference, exact or t.double(), blocks, plan)
+    assert out.dtype == t.q.dtype
+    assert relative(out, wanted) <= 1e-2  # the interpreter cuts to bf16 where a GPU rounds
+    assert relative(lse, wanted_lse) <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_selection_equals_the_definition_bit_for_bit(case):
+    assert_same_selection(case.tensors().in_pages(), case.paged())
+
+
+@pytest.mark.parametrize(("local", "init"), [(1, 0), (2, 1), (8, 0), (1, 7)])
+@pytest.mark.parametrize("value", [1.0, 0.0])
+def test_ties_go_to_the_lower_block(local, init, value):
+    case = STEP.but(lens_q=(2,), lens_k=(1700,), local=local, init=init)
+    t = case.tensors().in_pages()
+    assert_same_selection(replace(t, index_k=torch.full_like(t.index_k, value)), case.paged())
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, "each page"])
+def test_fp8_index_keys(scale):
+    t, plan = RAGGED.tensors().in_pages(), RAGGED.paged()
+    pages = t.index_k.to(FP8)
+    scale = 2.0 ** (torch.arange(len(pages)) % 4) if scale == "each page" else scale
+    assert_same_selection(replace(t, index_k=pages), plan, scale)
+
+
+@pytest.mark.parametrize(("case", "keys"), [(STEP, 64), (RAGGED, 64), (TREE, 64), (RAGGED, 128)])
+def test_attention_is_the_references(case, keys, monkeypatch):
+    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, attend_keys=keys))
+    case = case.but(integers=False)
+    t, plan = case.tensors().in_pages(), case.paged()
+    assert_close(t, random_blocks(case, plan, 1), plan)
+    assert_close(t, None, plan)
+
+
+@pytest.mark.parametrize("cards", [1, 132])
+def test_a_split_of_any_size_gives_the_same(cards, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: cards)
+    case = RAGGED.but(hi=1, hkv=1, lens_q=(2, 1), lens_k=(900, 300))
+    assert_same_selection(case.tensors().in_pages(), case.paged())
+    t, plan = case.but(integers=False).tensors().in_pages(), case.paged()
+    for blocks in (random_blocks(case, plan), None):
+        assert_close(t, blocks, plan)
+
+
+@pytest.mark.parametrize("scale", ["none", "number", "each page"])
+def test_fp8_caches_are_dequantized_as_the_definition_says(scale):
+    case = STEP.but(integers=False, lens_k=(700, 129, 40))
+    t, plan = case.tensors().in_pages(), case.paged()
+    fp8 = replace(t, k=t.k.to(FP8), v=t.v.to(FP8))
+    each = torch.rand(2, len(t.k), case.hkv, generator=torch.Generator().manual_seed(1)) + 0.5
+    scales = {"none": (None, None), "number": (0.5, 2.0), "each page": (each[0], each[1])}[scale]
+    wide = [
+        x.double() * (1.0 if s is None else s if isinstance(s, float) else s[..., None, None])
+        for x, s in zip((fp8.k.float(), fp8.v.float()), scales)
+    ]
+    for blocks in (random_blocks(case, plan), None):
+        assert_close(fp8, blocks, plan, replace(t.double(), k=wide[0], v=wide[1]), scales)
+
+
+def test_lengths_updated_in_place_are_followed():
+    t, plan = STEP.tensors().in_pages(), STEP.paged()
+    plan.positions.copy_(torch.tensor([1300, 7, 0]))
+    assert_same_selection(t, plan)
+    t = STEP.but(integers=False).tensors().in_pages()
+    for blocks in (random_blocks(STEP, plan), None):
+        assert_close(t, blocks, plan)
+
+
+def test_keys_and_values_that_share_a_page_are_read_in_place():
+    case = STEP.but(integers=False, lens_k=(300, 129, 1))
+    t, plan = case.tensors().in_pages(), case.paged()
+    k, v = torch.cat((t.k, t.v), dim=-1).split(128, dim=-1)
+    assert_close(replace(t, k=k, v=v), None, plan)
