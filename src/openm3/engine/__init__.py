@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openm3.engine.llm import LLM
     from openm3.engine.output import ChatResult, Completion, Finish
-    from openm3.engine.request import RequestError, SamplingParams
+    from openm3.engine.request import Grammar, RequestError, SamplingParams, TokenLogprobs
 
-__all__ = ["LLM", "ChatResult", "Completion", "Finish", "RequestError", "SamplingParams"]
+__all__ = ["LLM", "ChatResult", "Completion", "Finish", "Grammar", "RequestError", "SamplingParams", "TokenLogprobs"]
 
 _HOMES = {
     "LLM": "llm",
     "ChatResult": "output",
     "Completion": "output",
     "Finish": "output",
+    "Grammar": "request",
     "RequestError": "request",
     "SamplingParams": "request",
+    "TokenLogprobs": "request",
 }
 
 
