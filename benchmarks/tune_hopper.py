@@ -226,6 +226,35 @@ def dense_step_parts(clock: Clock, size: tuple[int, int]) -> dict:
     return {"dense": (lambda: clock.graph_times(calls), {"bytes": total})}
 
 
+def chunk_parts(part: str, clock: Clock, size: tuple[int, int, str]) -> dict:
+    """A chunk of queries at the end of its context, its selection or attention."""
+    queries, context, data = size
+    case = make_case(M3, DEVICE, torch.bfloat16, 1, context, queries, data)
+    prefix, calls = context - queries, ours(BACKEND, case)
+    if part == "select":
+        call, flops = calls.select, M3.select_flops(prefix, queries)
+    elif part == "attend":
+        call, flops = partial(calls.attend, calls.select()), M3.attend_flops(prefix, queries)
+    else:
+        call, flops = ours_dense(BACKEND, case), M3.dense_flops(prefix, queries)
+
+    def times() -> list[float]:
+        call()
+        return clock.times(call)
+
+    return {part: (times, {"flops": flops})}
+
+
+def chunk_problems() -> dict[str, Problem]:
+    return {
+        "a chunk": Problem((300,), (9000,)),
+        "a whole prompt": Problem((2600,), (2600,)),
+        "a mixed batch": Problem((600, 1, 40, 129), (5000, 2700, 40, 129)),
+        "forced": Problem((200,), (4500,), local=2, init=3),
+        "group of 8": Problem((100, 30), (4000, 1500), Geometry(8, 1, index_heads=1, topk=8)),
+    }
+
+
 STEPS = ((1, 128 * K), (1, M), (1, 32 * K), (8, 128 * K), (64, 32 * K), (8, 512 * K))
 JOBS: dict[str, Job] = {
     "step": Job(
@@ -237,6 +266,11 @@ JOBS: dict[str, Job] = {
             dict(attend_keys=128, attend_stages=2, attend_waves=1), dict(attend_warps=8),
             dict(attend_waves=3, attend_stages=2),
         ),
+    ),
+    "select": Job(
+        lambda: chain(*(check_selection(name, p) for name, p in chunk_problems().items())),
+        tuple((8 * K, end, "random") for end in (128 * K, M, 32 * K, 512 * K)), partial(chunk_parts, "select"),
+        ({}, *(dict(tile_blocks=n) for n in (16, 32, 128, 256)), dict(tile_stages=3), dict(tile_stages=5)),
     ),
     "dense step": Job(
         lambda: check_attention("one sequence", Problem((1,), (20000,)), sparse=False), ((1, 128 * K), (1, M)),

@@ -55,17 +55,20 @@ def step_kernels():
 
 
 def compiled(kernel, args, options):
-    """A recorded launch compiled for sm_90a."""
+    """A recorded launch, of Triton or Gluon, compiled for sm_90a."""
     from triton.backends.compiler import GPUTarget
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     from triton_targets import TYPES
 
-    options, names, signature, special = dict(options, PDL=True), kernel.arg_names, {}, {}
+    names, signature, special = kernel.arg_names, {}, {}
+    options = dict(options, PDL=True) if "PDL" in names else dict(options)
     constants = {name: options.pop(name) for name in names if name in options}
     for i, (name, value) in enumerate(zip(names, args)):
-        if isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+        if type(value).__name__ == "TensorDescriptor":
+            shape = str(list(value.block_shape)).replace(" ", "")
+            layout = f",{value.layout!r}" if kernel.is_gluon() else ""
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{shape}{layout}>"
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
@@ -76,7 +79,7 @@ def compiled(kernel, args, options):
             special[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     constants = {(names.index(name),): value for name, value in constants.items()}
-    source = triton.compiler.ASTSource(kernel, signature, constants, special)
+    source = (GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource)(kernel, signature, constants, special)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -109,6 +112,30 @@ def test_every_decode_launch_compiles_and_two_programs_share_a_multiprocessor(ca
         if kernel.__name__ in ("score_step", "attend_step"):
             assert "wgmma.mma_async" in found.asm["ptx"]
             assert "cp.async.bulk.tensor" in found.asm["ptx"]
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels for the interpreter do not compile")
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_score_of_a_prompt_compiles_for_warpgroups_and_fits(heads, monkeypatch):
+    from openm3.msa import hopper_select, triton_select
+
+    case = STEP.but(lens_q=(3000, 20), lens_k=(4096, 2100), hi=heads)
+    t, plan = case.tensors().in_pages(), case.paged()
+    kernels = [(hopper_select, "score_tiles"), (triton_select, "pick_blocks")]
+    with recorded(monkeypatch, kernels) as launches:
+        hopper_backend.select_blocks(t.index_q, t.index_k, plan, scores=False)
+    (kernel, grid, args, options), (pick, rows, _, _) = launches
+    assert pick is triton_select.pick_blocks
+    tiles = grid[0]
+    # The first 952 queries of 3000 see 16 blocks and take all of them.
+    assert tiles == rows[0] // 256 == 2048 * heads // 256 + 1
+    assert grid[1] == 8  # of 4 blocks each
+    found = compiled(kernel, args, options)
+    assert found.metadata.shared <= 227 << 10
+    ptx = found.asm["ptx"]
+    assert "st.local" not in ptx
+    for instruction in ("wgmma.mma_async.sync.aligned.m64n128k16", "cp.async.bulk.tensor", "setmaxnreg"):
+        assert instruction in ptx
 
 
 def test_the_card_is_filled_and_grids_ignore_the_lengths_on_the_device(monkeypatch):

@@ -1,7 +1,8 @@
 """MSA on Hopper (sm_90a), for the M3 family's sizes on paged caches: tensor maps, wgmma, programmatic launches.
 
-decode    up to 16 query tokens a sequence: four launches, the context split over the card (`hopper_decode.py`)
-others    the portable kernels of `triton_backend.py`
+decode     up to 16 query tokens a sequence: four launches, the context split over the card (`hopper_decode.py`)
+selection  of more: tiles of 256 rows through warp-specialized products (`hopper_select.py`), the k best as elsewhere
+others     the portable kernels of `triton_backend.py`
 
 Grids follow from what the host knows of a plan, so a captured step follows lengths that change on the device.
 """
@@ -16,12 +17,14 @@ from torch import Tensor
 from openm3.msa import triton_backend
 from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan
-from openm3.msa.triton_backend import FP8, HALVES, Call, on, pad
+from openm3.msa.triton_backend import FP8, HALVES, ROW_CHUNK, Call, on, pad
+from openm3.msa.triton_tiles import strips_of
 
 __all__ = ["TUNING", "Tuning", "dense_attention", "refusal", "select_blocks", "sparse_attention"]
 
 BLOCK = DIM = 128
 GROUPS, TOPKS, INDEX_HEADS = (8, 16), (8, 16, 32), (1, 2, 4)
+TILE_ROWS = 256  # (query, index head) pairs that one program scores
 MOST_ROWS = 64  # of the narrow operand in decode: (query, head) pairs
 MOST_QUERIES = 16  # tokens a sequence that are still a decode step
 MOST_SPAN = 256  # steps of one program, whose pages it holds in registers
@@ -40,6 +43,8 @@ class Tuning:
     attend_stages: int = 3
     attend_warps: int = 4
     attend_waves: int = 2
+    tile_stages: int = 4
+    tile_blocks: int = 64  # that one program scores: a wave's programs read the same ones
     programmatic: bool = True  # the next kernel is set up while one still runs
 
 
@@ -93,6 +98,15 @@ def _pages(x: Tensor, keys: int):
     return TensorDescriptor.from_tensor(x, [1] * (x.dim() - 2) + [keys, DIM])
 
 
+def _swizzled_pages(x: Tensor, keys: int):
+    """`_pages` for Gluon, in the layout that wgmma reads."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.itemsize, rank=x.dim())
+    return TensorDescriptor.from_tensor(x, [1] * (x.dim() - 2) + [keys, DIM], layout)
+
+
 def _split(steps: int, programs: int, waves: int, device: torch.device) -> tuple[int, int]:
     """(parts, most steps of a part) that give the card its waves of programs."""
     wanted = max(1, waves * triton_backend._multiprocessors(device) // programs)
@@ -111,6 +125,8 @@ def select_blocks(
     rows, width = pad(heads * plan.max_q), -(-plan.max_k // BLOCK)
     if _is_step(plan) and 4 * len(plan.lens_q) * rows * width <= plan.workspace_bytes:
         return _select_step(index_q, index_k, plan, index_k_scale, scores, rows, width)
+    if plan.max_q > MOST_QUERIES and index_k.dtype == index_q.dtype and not triton_backend._interpreted():
+        return _select_tiles(index_q, index_k, plan, scores)
     return triton_backend.select_blocks(index_q, index_k, plan, index_k_scale, scores)
 
 
@@ -144,6 +160,43 @@ def _select_step(
         )  # fmt: skip
     if scores and index_k_scale is not None and not by_page:
         values *= index_k_scale
+    return blocks, values
+
+
+def _select_tiles(index_q: Tensor, index_k: Tensor, plan: Plan, scores: bool) -> tuple[Tensor, Tensor | None]:
+    from openm3.msa import hopper_select, triton_select
+
+    (tokens, heads, _), device, tuning = index_q.shape, index_q.device, TUNING
+    strips = strips_of(plan, heads, TILE_ROWS, scores)
+    ids, own = torch.arange(plan.topk, dtype=torch.int32, device=device), plan.positions // BLOCK
+    if strips.covers_all:
+        blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
+    else:
+        blocks = torch.where(ids <= own[:, None], ids, -1).repeat(heads, 1, 1)
+    values = torch.empty(blocks.shape, dtype=torch.float32, device=device) if scores else None
+    if not strips.cuts:
+        return blocks, values
+    found = torch.empty(strips.size, dtype=torch.float32, device=device)
+    index_q = index_q if index_q.stride(-1) == 1 else index_q.contiguous()
+    table, table_row = triton_backend._table(plan)
+    tiles, pages = strips.tiles, _swizzled_pages(index_k, BLOCK)
+    with on(device):
+        for a, b, widest in strips.cuts:
+            per = tuning.tile_blocks
+            while per > 4 and (b - a) * -(-widest // per) < 2 * triton_backend._multiprocessors(device):
+                per //= 2
+            hopper_select.score_tiles[(b - a, -(-widest // per))](
+                index_q, pages, found, tiles.seq, tiles.first, tiles.count, strips.base, strips.width, plan.positions,
+                table, index_q.stride(0), index_q.stride(1), table_row, a, HEADS=heads, BLOCK=BLOCK, D=DIM, PER=per,
+                STAGES=tuning.tile_stages, num_warps=4,
+            )  # fmt: skip
+            chunk = min(ROW_CHUNK, pad(widest))
+            triton_select.pick_blocks[((b - a) * strips.rows,)](
+                found, blocks, values if scores else found, tiles.first, tiles.count, strips.base, strips.width,
+                plan.positions, tokens, a, strips.rows, HEADS=heads, BLOCK=BLOCK, TOPK=plan.topk, TOPK_PAD=plan.topk,
+                LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk, LONG=widest > chunk, VALUES=scores,
+                num_warps=min(8, max(1, chunk // 512)),
+            )  # fmt: skip
     return blocks, values
 
 
