@@ -129,6 +129,50 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Model = "openm3-nano",
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="What requests call the model; may be repeated.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", envvar="OPENM3_API_KEY", help="Let in only who sends it; may be repeated."),
+    ] = None,
+    allow_fetch: Annotated[
+        bool, typer.Option("--allow-fetch", help="Fetch pictures and videos given as URLs, from public addresses.")
+    ] = False,
+    max_requests: Annotated[int, typer.Option(min=1, help="Answers under way at once, waiting ones included.")] = 256,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt taken.")] = None,
+    max_body: Annotated[int, typer.Option(min=1, metavar="MB", help="Largest request.")] = 64,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that all requests share; by default what memory allows.")
+    ] = None,
+    drain: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="How long answers may go on after SIGTERM.")
+    ] = 60.0,
+    log_content: Annotated[bool, typer.Option("--log-content", help="Log prompts and answers too.")] = False,
+    device: Device = None,
+) -> None:
+    """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a web page at /."""
+    from openm3.serve import ServeOptions, run
+
+    _refuse_too_large(model, device)
+    options = ServeOptions(
+        api_keys=tuple(api_key or ()),
+        allow_fetch=allow_fetch,
+        max_requests=max_requests,
+        max_prompt_tokens=max_prompt_tokens,
+        max_body=max_body << 20,
+        drain_seconds=drain,
+        log_content=log_content,
+    )
+    names = tuple(name or (Path(model).resolve().name if Path(model).is_dir() else model,))
+    run(lambda: _load(model, device, cache_tokens), names, options, host=host, port=port)
+
+
+@app.command()
 def info(
     model: Model = "openm3-nano",
     context: Annotated[int | None, typer.Option(help="Tokens to plan for; else the model's longest.")] = None,
@@ -226,10 +270,29 @@ def _known(command: str, given: str, *names: str) -> None:
         raise ValueError(f"{command} {given}: must be {' or '.join(names)}")
 
 
-def _load(model: str, device: str | None) -> LLM:
+def _load(model: str, device: str | None, cache_tokens: int | None = None) -> LLM:
     from openm3.engine import LLM
 
-    return LLM(model, device=device)
+    return LLM(model, device=device, cache_tokens=cache_tokens)
+
+
+def _refuse_too_large(model: str, device: str | None) -> None:
+    """ValueError with the memory plan of `openm3 info` for a model whose weights do not fit the device it is for."""
+    import torch
+
+    from openm3.checkpoint import info_lines, model_info, resolve
+    from openm3.checkpoint.info import devices, fits
+    from openm3.config import M3Config
+
+    config = M3Config.from_pretrained(resolve(model))
+    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for found in devices():
+        if found.name == (f"cuda:{wanted.index or 0}" if wanted.type == "cuda" else wanted.type):
+            possible, line = fits(model_info(config), found)
+            if not possible:
+                plan = "\n".join(info_lines(config))
+                print(plan, file=sys.stderr)
+                raise ValueError(f"{model} {line}; one device holds the whole model today")
 
 
 def _prompt(prompt: str | None) -> str:
