@@ -119,10 +119,12 @@ function readList(lines, i) {
     const indent = line.search(/\S|$/);
     const here = indent <= margin.length + 1;
     if (!line.trim()) {
-      const next = lines.slice(end).findIndex((later) => later.trim());
-      if (next < 0 || !continues(lines[end + next], margin.length, ordered)) break;
-      items.at(-1).push("");
-      loose ||= lines[end + next].search(/\S/) <= margin.length + 1;
+      let next = end;
+      while (next < lines.length && !lines[next].trim()) next++;
+      if (next === lines.length || !continues(lines[next], margin.length, ordered)) break;
+      items.at(-1).push(...lines.slice(end, next).fill(""));
+      loose ||= lines[next].search(/\S/) <= margin.length + 1;
+      end = next - 1;
     } else if (item && here && !RULE.test(line)) {
       if (/\d/.test(item[2]) !== ordered) break;
       items.push([item[4] ?? ""]);

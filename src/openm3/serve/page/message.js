@@ -193,7 +193,7 @@ function usageParts({ usage, ms, model }) {
 }
 
 function seconds(ms) {
-  if (ms < 9950) return `${(ms / 1000).toFixed(1)} s`;
+  if (ms < 9950) return `${Math.max(ms / 1000, 0.1).toFixed(1)} s`;
   const all = Math.round(ms / 1000);
   return all < 60 ? `${all} s` : `${Math.floor(all / 60)} min ${all % 60} s`;
 }
