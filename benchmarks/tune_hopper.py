@@ -255,6 +255,15 @@ def chunk_problems() -> dict[str, Problem]:
     }
 
 
+def attend_checks() -> Iterator[tuple[str, float, float]]:
+    """Each tile its own way by the limit; all gathered; all united."""
+    for limit in (40, 0, 1 << 20):
+        hopper_backend.TUNING = replace(DEFAULT, union_limit=limit)
+        for name, problem in chunk_problems().items():
+            yield from check_attention(f"{name}, unions of up to {limit}", problem)
+    hopper_backend.TUNING = DEFAULT
+
+
 STEPS = ((1, 128 * K), (1, M), (1, 32 * K), (8, 128 * K), (64, 32 * K), (8, 512 * K))
 JOBS: dict[str, Job] = {
     "step": Job(
@@ -271,6 +280,19 @@ JOBS: dict[str, Job] = {
         lambda: chain(*(check_selection(name, p) for name, p in chunk_problems().items())),
         tuple((8 * K, end, "random") for end in (128 * K, M, 32 * K, 512 * K)), partial(chunk_parts, "select"),
         ({}, *(dict(tile_blocks=n) for n in (16, 32, 128, 256)), dict(tile_stages=3), dict(tile_stages=5)),
+    ),
+    "attend": Job(
+        attend_checks,
+        ((8 * K, 128 * K, "random"), (8 * K, 128 * K, "clustered"), (8 * K, M, "random"), (8 * K, 32 * K, "random")),
+        partial(chunk_parts, "attend"),
+        (
+            {}, dict(gather_chunk=16), dict(gather_chunk=64), dict(gather_stages=1), dict(gather_queries=8),
+            dict(union_limit=0), dict(union_limit=24), dict(union_limit=64), dict(union_limit=256),
+        ),
+    ),
+    "dense": Job(
+        lambda: chain(*(check_attention(name, p, sparse=False) for name, p in chunk_problems().items())),
+        ((8 * K, 128 * K, "random"), (8 * K, 8 * K, "random")), partial(chunk_parts, "dense"),
     ),
     "dense step": Job(
         lambda: check_attention("one sequence", Problem((1,), (20000,)), sparse=False), ((1, 128 * K), (1, M)),

@@ -15,7 +15,7 @@ if not triton.knobs.runtime.interpret:
 
 from triton_interpreted import an_interpreter_that_multiplies_bf16  # noqa: E402, F401
 
-from openm3.msa import hopper_backend, reference, triton_backend  # noqa: E402
+from openm3.msa import hopper_backend, reference, triton_attend, triton_backend  # noqa: E402
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 STEP = Case(
@@ -134,3 +134,57 @@ def test_keys_and_values_that_share_a_page_are_read_in_place():
     t, plan = case.tensors().in_pages(), case.paged()
     k, v = torch.cat((t.k, t.v), dim=-1).split(128, dim=-1)
     assert_close(replace(t, k=k, v=v), None, plan)
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+PROMPT = STEP.but(lens_q=(19, 3, 1), lens_k=(1500, 130, 1), hkv=2, hi=1, integers=False)
+
+
+def united_by_the_portable_kernel(q, k, v, plan, scale, tiles, a, n, lists, lengths, out, lse):
+    """Stands for the kernel in Gluon, which the interpreter does not run."""
+    (tokens, hq, _), hkv = q.shape, k.shape[1]
+    call = triton_backend.Call(q, k, v, plan, scale, None, None)
+    triton_attend.attend_selected[(n, hkv, 1)](
+        q, k, v, lists, lengths, out, lse, *call.scales, tiles.seq, tiles.first, tiles.count, plan.positions,
+        plan.cu_seqlens_k, *call.strides, tokens, hq, *call.factors, a, GROUP=hq // hkv, SHARE=hkv // lists.shape[1],
+        D=128, D_PAD=128, BLOCK=128, TOPK=plan.topk, TOPK_PAD=plan.topk, QUERIES=8, BM=8 * hq // hkv, BN=128,
+        **call.switches,
+    )  # fmt: skip
+
+
+def agreeing(case, plan):
+    """Random blocks, but the first eight queries of a sequence take the same ones."""
+    blocks = random_blocks(case, plan, 5)
+    for start, n in zip(plan.starts_q(), plan.lens_q):
+        blocks[:, start : start + min(n, 8)] = blocks[:, start : start + 1]
+    return blocks
+
+
+@pytest.mark.parametrize("limit", [0, 9, 64])
+def test_each_tile_goes_its_own_way_to_the_same_result(limit, monkeypatch):
+    monkeypatch.setattr(hopper_backend, "_attend_tiles", united_by_the_portable_kernel)
+    tuning = replace(hopper_backend.TUNING, union_limit=limit, gather_chunk=8)
+    monkeypatch.setattr(hopper_backend, "TUNING", tuning)
+    t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
+    assert_close(t, agreeing(PROMPT, plan), plan)
+
+
+def test_a_prompt_in_pieces_under_a_small_workspace(monkeypatch):
+    monkeypatch.setattr(hopper_backend, "_attend_tiles", united_by_the_portable_kernel)
+    t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
+    blocks = agreeing(PROMPT, plan).flip(-1)  # an order nobody promised
+    whole = attend(hopper_backend, t, blocks, plan)
+    plan = PROMPT.paged()
+    object.__setattr__(plan, "workspace_bytes", 1 << 18)
+    assert len(hopper_backend._pieces(plan, 8)[1]) == 5
+    cut = attend(hopper_backend, t, blocks, plan)
+    assert torch.equal(whole[0], cut[0])
+    assert torch.equal(whole[1], cut[1])
+
+
+def test_a_page_that_two_sequences_share_is_read_for_both(monkeypatch):
+    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, union_limit=0))
+    t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
+    plan.page_table[1, 0] = plan.page_table[0, 0]
+    assert_close(t, random_blocks(PROMPT, plan, 1), plan)

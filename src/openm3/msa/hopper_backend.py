@@ -2,6 +2,8 @@
 
 decode     up to 16 query tokens a sequence: four launches, the context split over the card (`hopper_decode.py`)
 selection  of more: tiles of 256 rows through warp-specialized products (`hopper_select.py`), the k best as elsewhere
+attention  of more: tiles of neighbouring queries whose blocks are few walk their union, as dense attention walks all
+           blocks (`hopper_attend.py`); other tiles' queries are gathered by page (`hopper_gather.py`)
 others     the portable kernels of `triton_backend.py`
 
 Grids follow from what the host knows of a plan, so a captured step follows lengths that change on the device.
@@ -9,6 +11,7 @@ Grids follow from what the host knows of a plan, so a captured step follows leng
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +19,17 @@ from torch import Tensor
 
 from openm3.msa import triton_backend
 from openm3.msa.keys import Scale
-from openm3.msa.plan import Plan
+from openm3.msa.plan import Plan, to_device
 from openm3.msa.triton_backend import FP8, HALVES, ROW_CHUNK, Call, on, pad
-from openm3.msa.triton_tiles import strips_of
+from openm3.msa.triton_tiles import Tiles, once, strips_of, tiles_of
 
 __all__ = ["TUNING", "Tuning", "dense_attention", "refusal", "select_blocks", "sparse_attention"]
 
 BLOCK = DIM = 128
 GROUPS, TOPKS, INDEX_HEADS = (8, 16), (8, 16, 32), (1, 2, 4)
 TILE_ROWS = 256  # (query, index head) pairs that one program scores
+TILE = 128  # rows of a tile of attention
+UNITED = 8  # neighbouring queries that walk the union of their blocks: a bit each
 MOST_ROWS = 64  # of the narrow operand in decode: (query, head) pairs
 MOST_QUERIES = 16  # tokens a sequence that are still a decode step
 MOST_SPAN = 256  # steps of one program, whose pages it holds in registers
@@ -44,7 +49,12 @@ class Tuning:
     attend_warps: int = 4
     attend_waves: int = 2
     tile_stages: int = 4
-    tile_blocks: int = 64  # that one program scores: a wave's programs read the same ones
+    tile_blocks: int = 64  # that one program scores
+    union_limit: int = 40  # blocks of a tile's union, above which its queries are gathered
+    union_stages: int = 2
+    gather_queries: int = 4  # that pass a page at a time
+    gather_chunk: int = 32  # queries of one program
+    gather_stages: int = 2
     programmatic: bool = True  # the next kernel is set up while one still runs
 
 
@@ -208,6 +218,8 @@ def sparse_attention(
     k_scale: Scale = None, v_scale: Scale = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     parts, span = _parts(q, k, plan, plan.topk * BLOCK, len(q))
+    if _is_prompt(q, k, v, plan, softmax_scale):
+        return _attend_prompt(q, k, v, blocks.contiguous(), plan, softmax_scale)
     if not parts:
         return triton_backend.sparse_attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
     call = Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
@@ -217,6 +229,12 @@ def sparse_attention(
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale = None, v_scale: Scale = None
 ) -> tuple[Tensor, Tensor]:
+    if _is_prompt(q, k, v, plan, softmax_scale) and not triton_backend._interpreted():
+        tiles = tiles_of(plan, TILE // (q.shape[1] // k.shape[1]))
+        if 2 * len(tiles) * k.shape[1] >= triton_backend._multiprocessors(q.device):
+            out, lse = _results(q)
+            _attend_tiles(q, k, v, plan, softmax_scale, tiles, 0, len(tiles), None, None, out, lse)
+            return out, lse
     parts, span = _parts(q, k, plan, plan.max_k, len(plan.lens_q))
     if not parts or plan.max_q * q.shape[1] // k.shape[1] > MOST_ROWS:
         return triton_backend.dense_attention(q, k, v, plan, softmax_scale, k_scale, v_scale)
@@ -243,8 +261,7 @@ def _attend_step(
     table, q_token, q_head, *_, table_row, k_page, k_head, v_page, v_head = call.strides
     step = tuning.attend_keys
     units = (tokens if selected else len(plan.lens_q)) * hkv
-    out = torch.empty(q.shape, dtype=q.dtype, device=device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
+    out, lse = _results(q)
     part, part_lse = out, lse
     if parts > 1:
         part = torch.empty(parts, *q.shape, dtype=torch.float32, device=device)
@@ -264,3 +281,110 @@ def _attend_step(
                 part, part_lse, out, lse, tokens * heads, parts, PARTS_PAD=pad(parts, 1), D=DIM, **_launch(4, plan)
             )
     return out, lse
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+
+
+def _is_prompt(q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float) -> bool:
+    return plan.max_q > MOST_QUERIES and k.dtype == v.dtype == q.dtype and softmax_scale > 0
+
+
+def _attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, tiles: Tiles, a: int, n: int,
+    lists: Tensor | None, lengths: Tensor | None, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Tiles a .. a + n against the blocks of their lists, [n, Hi, width], or against all they see."""
+    from openm3.msa import hopper_attend
+
+    hkv, group, selected = k.shape[1], q.shape[1] // k.shape[1], lists is not None
+    table, table_row = triton_backend._table(plan)
+    with on(q.device):
+        hopper_attend.attend_tiles[(n, hkv)](
+            q, _swizzled_pages(k, BLOCK), _swizzled_pages(v, BLOCK), lists if selected else table,
+            lengths if selected else table, out, lse, tiles.seq, tiles.first, tiles.count, plan.positions, table,
+            q.stride(0), q.stride(1), table_row, q.shape[1], softmax_scale * math.log2(math.e), a, GROUP=group,
+            SHARE=hkv // lists.shape[1] if selected else 1, WIDTH=lists.shape[2] if selected else 0,
+            SELECTED=selected, BLOCK=BLOCK, D=DIM, STAGES=TUNING.union_stages, num_warps=4,
+        )  # fmt: skip
+
+
+def _attend_prompt(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Each tile of neighbouring queries by the length of its union: walked as one, or its queries gathered by page."""
+    from openm3.msa import triton_attend
+
+    (tokens, heads, _), hkv, index_heads, device = q.shape, k.shape[1], len(blocks), q.device
+    out, lse = _results(q)
+    # Parts of the gathered queries of one KV head, and lists, stay in the workspace.
+    query_bytes = (heads // hkv) * plan.topk * (DIM * q.itemsize + 4) + index_heads * plan.topk * 64
+    most = max(UNITED, plan.workspace_bytes // query_bytes // UNITED * UNITED)
+    tiles, pieces = once(plan, ("pieces", most), lambda: _pieces(plan, most))
+    for a, n, lo, hi, tile_of in pieces:
+        lists = torch.empty(n, index_heads, UNITED * plan.topk, dtype=torch.int32, device=device)
+        lengths = torch.empty(n, index_heads, dtype=torch.int32, device=device)
+        with on(device):
+            triton_attend.unite_blocks[(n, index_heads)](
+                blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=UNITED, TOPK=plan.topk,
+                TOPK_PAD=plan.topk, num_warps=max(1, min(8, UNITED * plan.topk // 32)),
+            )  # fmt: skip
+        gathered = lengths > TUNING.union_limit
+        lengths.masked_fill_(gathered, -1)
+        if TUNING.union_limit > 0:
+            _attend_tiles(q, k, v, plan, softmax_scale, tiles, a, n, lists, lengths, out, lse)
+        if TUNING.union_limit < UNITED * plan.topk:
+            _gather(q, k, v, blocks, plan, softmax_scale, lo, hi, tile_of, lengths, out, lse)
+    return out, lse
+
+
+def _gather(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float, lo: int, hi: int,
+    tile_of: Tensor, lengths: Tensor, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Queries lo .. hi of the tiles whose length is negative, by page; one KV head's parts at a time."""
+    from openm3.msa import hopper_gather as kernels
+
+    (tokens, heads, _), hkv, index_heads, tuning = q.shape, k.shape[1], len(blocks), TUNING
+    group = heads // hkv
+    chosen = blocks[:, lo:hi]  # [Hi, n, topk]
+    wanted = (chosen >= 0) & (lengths[tile_of.long()].T < 0)[..., None]
+    pages = plan.page_table[plan.seq_ids[lo:hi, None], chosen.clamp_min(0).long()]
+    pages = torch.where(wanted, pages, kernels.NOWHERE).flatten(1)
+    entries = pages.shape[1]
+    chunks = entries // tuning.gather_chunk + min(entries, sum(-(-n // BLOCK) for n in plan.lens_k))
+    keys, order, starts = kernels.by_page(pages, tuning.gather_chunk, chunks)
+    part = torch.empty(hi - lo, group, plan.topk, DIM, dtype=q.dtype, device=q.device)
+    part_lse = torch.empty(part.shape[:3], dtype=torch.float32, device=q.device)
+    k_map, v_map = _pages(k, BLOCK), _pages(v, BLOCK)
+    share = hkv // index_heads
+    with on(q.device):
+        for r in range(hkv):
+            kernels.attend_gathered[(chunks,)](
+                q, k_map, v_map, keys, order, starts, blocks, part, part_lse, plan.positions, q.stride(0), q.stride(1),
+                entries, chunks, lo, tokens, r, softmax_scale * math.log2(math.e), GROUP=group, SHARE=share,
+                TOPK=plan.topk, QUERIES=tuning.gather_queries, CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM,
+                STAGES=tuning.gather_stages, num_warps=4,
+            )  # fmt: skip
+            kernels.join_slots[((hi - lo) * group,)](
+                part, part_lse, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads,
+                GROUP=group, SHARE=share, TOPK=plan.topk, D=DIM, num_warps=1,
+            )  # fmt: skip
+
+
+def _pieces(plan: Plan, most: int) -> tuple[Tiles, list[tuple[int, int, int, int, Tensor]]]:
+    """Tiles of UNITED queries in the order of the flat run, and pieces of at most `most` queries of them: (first tile,
+    tiles, first query, last + 1, int32 [queries] each one's tile counted from the first)."""
+    counts = [-(-n // UNITED) for n in plan.lens_q]
+    starts = plan.starts_q()
+    first = [start + UNITED * i for start, n in zip(starts, counts) for i in range(n)]
+    seq = [s for s, n in enumerate(counts) for _ in range(n)]
+    count = [min(UNITED, starts[s + 1] - at) for s, at in zip(seq, first)]
+    pieces, size = [], max(1, most // UNITED)
+    for a in range(0, len(first), size):
+        b = min(a + size, len(first))
+        tile_of = torch.repeat_interleave(torch.arange(b - a), torch.tensor(count[a:b])).int()
+        pieces.append((a, b - a, first[a], first[b - 1] + count[b - 1], to_device(tile_of, plan.device)))
+    tiles = Tiles(*(to_device(torch.tensor(x, dtype=torch.int32), plan.device) for x in (seq, first, count)))
+    return tiles, pieces
