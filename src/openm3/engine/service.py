@@ -258,7 +258,15 @@ class Service:
 
         return await self._submit(prepare, n)
 
-    async def complete(self, prompts: list[str | list[int]], params: SamplingParams, *, n: int = 1) -> list[Stream]:
+    async def complete(
+        self,
+        prompts: list[str | list[int]],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        grammar: Grammar | None = None,
+        priority: int = 0,
+    ) -> list[Stream]:
         """Continues each text, or list of token ids, n times, prompt by prompt.
 
         Raises Unavailable, Busy, and RequestError for a prompt that is empty, does not fit or has unknown ids.
@@ -266,7 +274,10 @@ class Service:
 
         def prepare(llm: LLM) -> list[tuple[Request, OutputParser | None]]:
             ids = [_ids(prompt, llm) for prompt in prompts]
-            return [(llm._request(i, p), None) for i in ids for p in _seeded(params, n)]
+            requests = [llm._request(i, p) for i in ids for p in _seeded(params, n)]
+            for request in requests:
+                request.grammar, request.priority = grammar, priority
+            return [(request, None) for request in requests]
 
         return await self._submit(prepare, len(prompts) * n)
 

@@ -21,7 +21,7 @@ from starlette.responses import FileResponse, Response
 from openm3 import __version__
 from openm3.engine import LLM
 from openm3.engine.service import Service
-from openm3.serve import chat, files, messages
+from openm3.serve import chat, completions, files, messages, responses
 from openm3.serve.errors import ApiError, api_error, error_response, json_response
 from openm3.serve.files import FileStore
 from openm3.serve.gate import Gate
@@ -72,8 +72,8 @@ def create_app(
 
     app = FastAPI(title="openm3", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = server
-    apis = (chat.router(server), messages.router(server), files.router(store))
-    for routes in (*apis, _operations(server, metrics), _page()):
+    apis = [api.router(server) for api in (chat, completions, responses, messages)]
+    for routes in (*apis, files.router(store), _operations(server, metrics), _page()):
         app.include_router(routes)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

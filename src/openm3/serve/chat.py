@@ -107,7 +107,7 @@ def router(server: Server) -> APIRouter:
 async def _submit(server: Server, body: ChatBody) -> list[Stream]:
     mode = thinking_mode(body.thinking, body.chat_template_kwargs, body.enable_thinking, body.reasoning_effort)
     tools, grammar = tool_grammar(body.tool_choice, body.tools, body.parallel_tool_calls)
-    shape = response_grammar(body.response_format) or _structured(body.structured_outputs)
+    shape = response_grammar(body.response_format) or structured_grammar(body.structured_outputs)
     if shape is not None and tools:
         raise ApiError(400, "response_format and tools: one answer is held to one of them", param="response_format")
     messages, options = await server.media.resolve(body.messages)
@@ -135,7 +135,8 @@ def response_grammar(given: dict[str, Any] | None) -> Grammar | None:
     return Grammar("json", schema)
 
 
-def _structured(given: StructuredOutputs | None) -> Grammar | None:
+def structured_grammar(given: StructuredOutputs | None) -> Grammar | None:
+    """`structured_outputs` as a grammar."""
     if given is None:
         return None
     found = [(kind, value) for kind, value in (("json", given.json_schema), ("regex", given.regex),
