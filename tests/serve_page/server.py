@@ -13,13 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parent.parent.parent / "src" / "openm3" / "serve" / "page"
-POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:"
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml",
-         ".png": "image/png"}  # fmt: skip
+from openm3.serve.app import PAGE, PAGE_HEADERS, PAGE_TYPES
 
 Answer = Callable[[dict[str, Any]], Iterable[dict[str, Any] | Exception]]
 
@@ -71,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         if file.parent != PAGE or not file.exists():
             self._json(404, {"error": {"message": "not found"}})
             return
-        self._head(200, TYPES[file.suffix])
+        self._head(200, PAGE_TYPES[file.suffix])
         self.wfile.write(file.read_bytes())
 
     def do_POST(self) -> None:
@@ -127,8 +123,8 @@ class Handler(BaseHTTPRequestHandler):
     def _head(self, status: int, kind: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Security-Policy", POLICY)
-        self.send_header("Cache-Control", "no-store")
+        for header in PAGE_HEADERS.items():
+            self.send_header(*header)
         self.end_headers()
 
     def _json(self, status: int, value: dict[str, Any]) -> None:

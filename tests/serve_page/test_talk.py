@@ -1,27 +1,59 @@
-"""The page with openm3-nano's real answers: text, a picture, a clip, thinking, a tool."""
+"""The page of `openm3 serve` with openm3-nano's real answers: text, a picture, a clip, thinking, a tool."""
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+import time
+from urllib.error import URLError
+from urllib.request import urlopen
+
 import pytest
 
-from .nano import nano_answers
-from .server import PageServer
 from .steps import EXAMPLES, answered, ask, attached, drop, paste, text_of
 
 
 @pytest.fixture(scope="module")
-def server():
-    server = PageServer(nano_answers())
-    yield server
-    server.stop()
+def url(browser, tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen([sys.executable, "-m", "openm3.cli", "serve", "--port", port], stderr=out)
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            try:
+                with urlopen(f"{url}ready", timeout=5):
+                    break
+            except URLError:  # not listening yet, or 503 while it loads
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        assert server.wait(20) == 0, log.read_text()
+
+
+def visit(open_page, url):
+    """A page whose conversation is answered greedily, and the bodies of its requests."""
+    page = open_page(url)
+    bodies = []
+    page.on("request", lambda r: bodies.append(r.post_data_json) if r.method == "POST" else None)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_role("button", name="Save").click()
+    return page, bodies
 
 
 def think(page, mode: str) -> None:
     page.get_by_role("radio", name=mode).check(force=True)
 
 
-def test_a_dropped_picture_gets_the_right_answer_and_is_there_after_a_reload(server, open_page):
-    page = open_page(server)
+def test_a_dropped_picture_gets_the_right_answer_and_is_there_after_a_reload(url, open_page):
+    page, _ = visit(open_page, url)
     drop(page, EXAMPLES / "shapes.png", "image/png")
     attached(page, 1)
     ask(page, "What is at the top left?")
@@ -41,17 +73,17 @@ def test_a_dropped_picture_gets_the_right_answer_and_is_there_after_a_reload(ser
     assert text_of(answered(page, 3)) == "There are 4."
 
 
-def test_a_pasted_clip_gets_the_right_answer(server, open_page):
-    page = open_page(server)
+def test_a_pasted_clip_gets_the_right_answer(url, open_page):
+    page, bodies = visit(open_page, url)
     paste(page, EXAMPLES / "star.mp4", "video/mp4")
     attached(page, 1)
     ask(page, "In which direction does the star move?")
     assert "right" in text_of(answered(page, 1))
-    assert server.requests[-1]["messages"][0]["content"][0]["video_url"]["url"].startswith("data:video/mp4;base64,")
+    assert bodies[-1]["messages"][0]["content"][0]["video_url"]["url"].startswith("data:video/mp4;base64,")
 
 
-def test_thinking_is_folded_and_can_be_switched(server, open_page):
-    page = open_page(server)
+def test_thinking_is_folded_and_can_be_switched(url, open_page):
+    page, bodies = visit(open_page, url)
     think(page, "On")
     ask(page, "What is 478 + 356?")
     answer = answered(page, 1)
@@ -66,13 +98,13 @@ def test_thinking_is_folded_and_can_be_switched(server, open_page):
     answer = answered(page, 2)
     assert "55" in text_of(answer)
     assert not answer.locator(".thinking").is_visible()
-    assert [r["thinking"]["type"] for r in server.requests[-2:]] == ["enabled", "disabled"]
+    assert [r["thinking"]["type"] for r in bodies[-2:]] == ["enabled", "disabled"]
     page.reload()
     assert page.get_by_role("radio", name="Off").is_checked()  # kept with the conversation
 
 
-def test_a_tool_call_there_and_back(server, open_page):
-    page = open_page(server)
+def test_a_tool_call_there_and_back(url, open_page):
+    page, bodies = visit(open_page, url)
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Fill in an example").click()
     page.get_by_role("button", name="Save").click()
@@ -83,6 +115,6 @@ def test_a_tool_call_there_and_back(server, open_page):
     call.get_by_role("textbox").fill('{"city": "Paris", "temperature": 21}')
     page.get_by_role("button", name="Send result").click()
     assert text_of(answered(page, 2)) == "The temperature is 21."
-    messages = server.requests[-1]["messages"]
+    messages = bodies[-1]["messages"]
     assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
     assert messages[1]["tool_calls"][0]["id"] == messages[2]["tool_call_id"]
