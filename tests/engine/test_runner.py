@@ -6,8 +6,8 @@ from engine_tiny import IMAGE, PAGE, VIDEO
 
 from openm3.engine.core import Engine
 from openm3.engine.output import TextOutput
-from openm3.engine.request import Media, Request, SamplingParams, State
-from openm3.engine.runner import Runner
+from openm3.engine.request import Media, MediaItem, Request, SamplingParams, State
+from openm3.engine.runner import MediaCache, Runner
 from openm3.engine.scheduler import Scheduler
 
 LENGTHS = [3, 40, 17, 1, 64, 8]
@@ -104,21 +104,26 @@ def picture_request() -> Request:
 def pictures() -> tuple[list[int], Media]:
     """A prompt with two images and a clip between, and their pixels: 6 + 4 image and 2 x 2 video tokens."""
     generator = torch.Generator().manual_seed(5)
-    grids = torch.tensor([[1, 4, 6], [1, 4, 4]]), torch.tensor([[2, 2, 4]])
-    images, videos = (torch.randn(int(g.prod(-1).sum()), 1176, generator=generator) for g in grids)
+    grids = torch.tensor([[1, 4, 6], [1, 4, 4], [2, 2, 4]])
+    items = [item(torch.randn(int(grid.prod()), 1176, generator=generator), grid) for grid in grids]
     text = prompt(9)
     ids = [*text, *[IMAGE] * 6, *text[:3], *[VIDEO] * 2, 7, *[VIDEO] * 2, *text[3:5], *[IMAGE] * 4, *text]
     positions = [i for i, t in enumerate(ids) if t in (IMAGE, VIDEO)]
     rows = [*range(6), 10, 11, 12, 13, *range(6, 10)]
-    return ids, Media((images, grids[0]), (videos, grids[1]), positions, rows)
+    return ids, Media(items, positions, rows)
+
+
+def item(pixels: torch.Tensor, grid: torch.Tensor) -> MediaItem:
+    return MediaItem(pixels, grid[None], len(pixels) // 4, str(hash(pixels.numpy().tobytes())))
 
 
 def test_pictures_that_straddle_chunks_give_the_same_as_one_pass(model):
     ids, media = pictures()
     with torch.inference_mode():
-        (images, image_grid), (videos, video_grid) = media.images, media.videos
-        hidden = model(torch.tensor(ids), pixel_values=images, image_grid_thw=image_grid,
-                       pixel_values_videos=videos, video_grid_thw=video_grid).hidden  # fmt: skip
+        a, b, clip = media.items
+        hidden = model(torch.tensor(ids), pixel_values=torch.cat([a.pixels, b.pixels]),
+                       image_grid_thw=torch.cat([a.grid_thw, b.grid_thw]),
+                       pixel_values_videos=clip.pixels, video_grid_thw=clip.grid_thw).hidden  # fmt: skip
         first = int(model.logits(hidden[-1:])[:, :280].argmax())
     whole = answers(model, [picture_request()])[0]
     assert whole[0] == first
@@ -131,7 +136,7 @@ def test_pictures_that_straddle_chunks_give_the_same_as_one_pass(model):
 def test_other_pictures_give_another_answer(model):
     whole = answers(model, [picture_request()])[0]
     ids, media = pictures()
-    media.images[0][:24] *= -1  # the first image
+    media.items[0] = item(-media.items[0].pixels, media.items[0].grid_thw[0])
     assert answers(model, [request(ids, media=media)])[0] != whole
 
 
@@ -140,7 +145,65 @@ def test_media_are_encoded_once_for_a_request_whatever_the_chunks(model, monkeyp
     original = type(model).encode_media
     monkeypatch.setattr(type(model), "encode_media", lambda self, *a: (calls.append(1), original(self, *a))[1])
     answers(model, [picture_request()], budget=3)
-    assert len(calls) == 2  # the images together, the videos together
+    assert len(calls) == 3  # two images and a clip, each once
+
+
+def test_a_picture_seen_before_is_not_encoded_again(model, monkeypatch):
+    calls = []
+    original = type(model).encode_media
+    monkeypatch.setattr(type(model), "encode_media", lambda self, *a: (calls.append(1), original(self, *a))[1])
+    running = engine(model)
+    first, again, other = picture_request(), picture_request(), picture_request()
+    other.media.items[1] = item(other.media.items[1].pixels * 0.5, other.media.items[1].grid_thw[0])
+    for r, encoded in ((first, 3), (again, 3), (other, 4)):
+        running.add(r)
+        while running.step():
+            pass
+        assert len(calls) == encoded
+    assert again.output_ids == first.output_ids
+    assert again.cached == 32
+    assert other.cached == 24  # the whole blocks before the second picture
+    assert other.output_ids == answers(model, [other_alone(other)])[0]
+
+
+def other_alone(other: Request) -> Request:
+    ids, media = pictures()
+    media.items[1] = item(media.items[1].pixels * 0.5, media.items[1].grid_thw[0])
+    return request(ids, media=media)
+
+
+def test_the_cache_of_embeddings_keeps_to_its_bytes_and_the_last_used(model):
+    cache = MediaCache(100)
+    a, b, c = (torch.zeros(n, 1) for n in (10, 10, 8))
+    cache.put("a", a)
+    cache.put("b", b)
+    assert cache.get("a") is a
+    cache.put("c", c)
+    assert (cache.get("b"), cache.bytes) == (None, 72)
+    cache.put("huge", torch.zeros(26, 1))
+    assert cache.get("huge") is None
+    assert cache.get("a") is a
+
+
+@pytest.mark.parametrize("budget", [7, 64])
+def test_prompt_log_probabilities_are_those_of_the_plain_model(model, budget):
+    scored = request(prompt(40), SamplingParams(0.0, 1.0, 0, prompt_logprobs=2, logprobs=1), n=3)
+    running = engine(model, budget=budget)
+    for r in (request(prompt(40)), scored):  # the first one's blocks are there to be reused
+        running.add(r)
+        while running.step():
+            pass
+    with torch.inference_mode():
+        logits = model.logits(model(torch.tensor(scored.token_ids)).hidden)
+        logits[:, [IMAGE, VIDEO]] = -torch.inf
+    wanted = logits.double().log_softmax(-1)
+    assert scored.prompt_logprobs[0] is None
+    records = scored.prompt_logprobs[1:] + scored.logprobs
+    assert [r.token for r in records] == scored.token_ids[1:]
+    for i, record in enumerate(records):
+        assert abs(record.logprob - wanted[i, record.token].item()) < 1e-4
+        assert abs(record.top[0][1] - wanted[i].max().item()) < 1e-4
+        assert len(record.top) == (2 if i < 39 else 1)
 
 
 def test_placeholders_are_never_written(model):

@@ -6,17 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openm3.engine import sampler
-from openm3.engine.request import SamplingParams
-from openm3.engine.sampler import sample, uniform
+from openm3.engine.request import Request, RequestError, SamplingParams
+from openm3.engine.sampler import adjust, logprobs_of, sample, uniform
 
 
-def params(temperature=1.0, top_p=1.0, top_k=0):
-    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+def params(temperature=1.0, top_p=1.0, top_k=0, **more):
+    return SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, **more)
 
 
 def sorted_oracle(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
     """The distribution [V] by the definition: sort everything, keep, normalize."""
     logits = logits.double() / p.temperature
+    probs = logits.softmax(-1)
+    logits = logits.masked_fill(probs < p.min_p * probs.max(), -torch.inf)
     if p.top_k:
         lowest = logits.sort(descending=True).values[min(p.top_k, len(logits)) - 1]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
@@ -44,7 +46,7 @@ def drawn_distribution(logits: torch.Tensor, p: SamplingParams, n: int = 4000) -
 @pytest.mark.parametrize(
     "p",
     [params(), params(0.5), params(2.0, top_k=3), params(top_p=0.6), params(0.7, 0.9, 8), params(top_k=500),
-     params(top_k=1), params(top_p=1e-6), params(1.0, 0.95, 40)],
+     params(top_k=1), params(top_p=1e-6), params(1.0, 0.95, 40), params(min_p=0.1), params(1.4, 0.9, 9, min_p=0.05)],
     ids=str,
 )  # fmt: skip
 def test_tokens_come_as_often_as_a_full_sort_says(p):
@@ -112,3 +114,59 @@ def test_uniform_numbers_are_uniform_and_differ_by_seed_and_place():
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.025  # 5 sigma of 40,000
     assert uniform(7, 3) == uniform(7, 3)
     assert uniform(-1, 0) != uniform(1, 0)
+
+
+def adjusted(logits: torch.Tensor, prompt: list[int], output: list[int], **fields) -> torch.Tensor:
+    request = Request(prompt, params(0.0, **fields), 99)
+    rows = torch.stack([logits, logits])
+    adjust(rows, 1, request)
+    if output:  # tokens come one by one, and the counts follow
+        for token in output:
+            request.token_ids.append(token)
+            rows[1] = logits
+            adjust(rows, 1, request)
+    assert torch.equal(rows[0], logits)
+    return rows[1]
+
+
+def test_penalties_are_those_of_the_definition():
+    logits = torch.tensor([2.0, -2.0, 1.0, -1.0, 0.5, 3.0])
+    prompt, output = [0, 1], [2, 3, 3]
+    wanted = logits.clone()
+    for token in {0, 1, 2, 3}:
+        wanted[token] = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
+    assert torch.allclose(adjusted(logits, prompt, output, repetition_penalty=1.5), wanted)
+    wanted = logits - torch.tensor([0, 0, 0.4, 0.8, 0, 0]) - torch.tensor([0, 0, 0.7, 0.7, 0, 0])
+    found = adjusted(logits, prompt, output, frequency_penalty=0.4, presence_penalty=0.7)
+    assert torch.allclose(found, wanted)
+    assert torch.equal(adjusted(logits, prompt, output), logits)
+
+
+def test_a_bias_is_added_and_one_beyond_the_vocabulary_is_nothing():
+    found = adjusted(torch.zeros(4), [0], [], logit_bias={1: 5, 3: -100, 9: 7})
+    assert found.tolist() == [0, 5, 0, -100]
+
+
+def test_log_probabilities_are_a_log_softmax_and_the_likeliest_come_first():
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    wanted = logits.double().log_softmax(-1)
+    for row, record in enumerate(logprobs_of(logits, [4, 5, 6], 3)):
+        assert (record.token, record.logprob) == (4 + row, wanted[row, 4 + row].item())
+        values, ids = wanted[row].sort(descending=True)
+        assert record.top == tuple(zip(ids[:3].tolist(), values[:3].tolist(), strict=True))
+    assert logprobs_of(logits, [0, 0, 0], 0)[0].top == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("min_p", 1.5), ("repetition_penalty", 0), ("presence_penalty", 3), ("frequency_penalty", "x"), ("n", 0),
+     ("logprobs", -1), ("prompt_logprobs", True), ("thinking_budget", 1.5), ("stop_token_ids", (-1,)),
+     ("logit_bias", {"a": 1}), ("logit_bias", {1: 101})],
+)  # fmt: skip
+def test_a_parameter_out_of_its_range_is_refused_by_name(field, value):
+    with pytest.raises(RequestError, match=f"^{field} = "):
+        SamplingParams(**{field: value})
+
+
+def test_none_is_the_default_of_what_has_one():
+    assert SamplingParams(min_p=None, repetition_penalty=None, logit_bias=None, n=None) == SamplingParams()

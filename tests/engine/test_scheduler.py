@@ -1,5 +1,7 @@
 """The scheduler as a pure state machine, over pages that store their tokens so that every read is checked."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,9 +58,10 @@ class Machine:
         return True
 
     def check_pages(self) -> None:
-        held = [page for request in self.scheduler.running for page in request.pages]
-        assert len(set(held)) == len(held)
-        assert len(held) + self.scheduler.pool.free == self.scheduler.pool.num_pages
+        pool = self.scheduler.pool
+        held = Counter(page for request in self.scheduler.running for page in request.pages)
+        assert [pool.holders(page) for page in range(pool.num_pages)] == [held[p] for p in range(pool.num_pages)]
+        assert len(held) + pool.free == pool.num_pages
         assert all(not request.pages for request in self.scheduler.waiting)
 
 

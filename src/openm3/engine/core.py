@@ -1,21 +1,33 @@
 """The engine: scheduler, runner and sampler, one step at a time on the caller's thread.
 
-An exception inside a step, Ctrl-C included, leaves every request as if the step had not been, at worst to be computed
-again: whoever asked for it cancels it, or steps on.
+An exception inside a step fails only the requests that raise it: the batch is computed again in halves, down to the
+one request at fault, which ends with `error` set; the others never notice. Where memory ran out, a single prompt's
+chunk is halved too, and prompts get smaller chunks for a while. An interrupt (Ctrl-C) leaves every request as if the
+step had not been, at worst to be computed again: whoever asked for it cancels it, or steps on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from openm3.engine.pages import PagePool
-from openm3.engine.request import Request, State
-from openm3.engine.sampler import sample
-from openm3.engine.scheduler import ScheduledBatch, Scheduler
+from openm3.engine.request import Request, State, TokenLogprobs
+from openm3.engine.sampler import adjust, logprobs_of, sample
+from openm3.engine.scheduler import Chunk, ScheduledBatch, Scheduler
+
+if TYPE_CHECKING:
+    from openm3.engine.guide import Guide
+
+TOKEN_DELAY = 0.25  # seconds that a step with prompts may take where answers wait for it
+FIRST_PROMPT_TOKENS = 256  # of such a step before the first measurement
+RECOVERY_STEPS = 100  # steps without running out of memory after which prompts get chunks twice as large again
 
 
 class BatchRunner(Protocol):
@@ -26,14 +38,34 @@ class BatchRunner(Protocol):
 
 
 class Engine:
-    """`add` requests, `step` until they are finished, `cancel` at any time."""
+    """`add` requests, `step` until they are finished, `cancel` at any time.
 
-    def __init__(self, runner: BatchRunner, *, num_pages: int, page_size: int, max_batch_tokens: int = 2048) -> None:
+    guides: makes the guide of a request with a grammar or a thinking budget.
+    token_delay: about how many seconds a running answer waits at most for the prompts computed beside it.
+    """
+
+    def __init__(
+        self,
+        runner: BatchRunner,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_batch_tokens: int = 2048,
+        guides: Callable[[Request], Guide | None] | None = None,
+        token_delay: float = TOKEN_DELAY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(PagePool(num_pages), page_size, max_batch_tokens=max_batch_tokens)
+        self.token_delay = token_delay
+        self._guides, self._clock = guides, clock
+        self._prompt_seconds: float | None = None  # that a token of a prompt takes
+        self._memory_limit, self._good_steps = max_batch_tokens, 0
 
     def add(self, request: Request) -> None:
-        """Queues a request; RequestError if it can never fit the cache."""
+        """Queues a request; RequestError if it can never fit the cache, or its grammar cannot be enforced."""
+        if request.guide is None and self._guides is not None:
+            request.guide = self._guides(request)
         self.scheduler.add(request)
 
     def cancel(self, request: Request) -> None:
@@ -44,20 +76,15 @@ class Engine:
     def step(self) -> bool:
         """Computes one batch and gives each of its answers a token. False if there was nothing to do."""
         with self._bookkeeping():
-            batch = self.scheduler.schedule()
+            for request in self.scheduler.expired(self._clock()):
+                self._finish(request, "deadline")
+            batch = self.scheduler.schedule(self._prompt_tokens())
         if batch is None:
             return False
-        logits = self.runner.run(batch)
-        sampling = batch.sampling
-        tokens = []
-        if sampling:
-            tokens = sample(
-                logits, [r.params for r in sampling], [r.seed for r in sampling], [r.generated for r in sampling]
-            )
-        with self._bookkeeping():
-            self.scheduler.advance(batch, tokens)
-            for request, token in zip(sampling, tokens):
-                self._deliver(request, token)
+        begun = self._clock()
+        self._good_steps += 1
+        self._compute(batch)
+        self._measure(batch, self._clock() - begun)
         return True
 
     @contextmanager
@@ -68,17 +95,144 @@ class Engine:
             self.scheduler.reset()
             raise
 
+    def _prompt_tokens(self) -> int:
+        """Tokens of prompts that a step may have beside answers."""
+        if self._good_steps >= RECOVERY_STEPS:
+            self._memory_limit, self._good_steps = min(2 * self._memory_limit, self.scheduler.max_batch_tokens), 0
+        if self._prompt_seconds is None:
+            return min(FIRST_PROMPT_TOKENS, self._memory_limit)
+        return max(16, min(int(self.token_delay / self._prompt_seconds), self._memory_limit))
+
+    def _measure(self, batch: ScheduledBatch, seconds: float) -> None:
+        prompt = sum(chunk.tokens for chunk in batch.chunks if chunk.tokens > 1)
+        if prompt >= 16:
+            now, before = seconds / prompt, self._prompt_seconds
+            self._prompt_seconds = max(1e-9, now if before is None else 0.7 * before + 0.3 * now)
+
+    def _compute(self, batch: ScheduledBatch) -> None:
+        try:
+            logits = self.runner.run(batch)
+            failed, raw = self._adjust(batch.sampling, logits)
+            tokens, records = self._sample(batch.sampling, logits, raw)
+        except Exception as error:
+            failure = error
+        else:
+            vocab = logits.shape[-1] if tokens else 0
+            for request, token in zip(batch.sampling, tokens):
+                if token >= vocab:  # where the search for the drawn point ends among numbers that are none
+                    failed.setdefault(request, ArithmeticError("the model's logits are not numbers"))
+            self._advance(batch, tokens, records, failed)
+            return
+        self._retry(batch, failure)
+
+    def _retry(self, batch: ScheduledBatch, error: Exception) -> None:
+        """Computes a batch that failed in two parts, or fails the request that it is about."""
+        chunks, no_memory = batch.chunks, is_out_of_memory(error)
+        if no_memory:
+            error.__traceback__ = None  # it holds the step's tensors
+            _release_memory()
+            self._memory_limit, self._good_steps = max(self.scheduler.page_size, batch.tokens // 2), 0
+        if len(chunks) > 1:
+            parts = [chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]]
+        elif no_memory and chunks[0].tokens > self.scheduler.page_size:
+            [chunk] = chunks
+            middle = chunk.start + chunk.tokens // 2
+            parts = [[Chunk(chunk.request, chunk.start, middle, samples=False)],
+                     [Chunk(chunk.request, middle, chunk.end, chunk.samples)]]  # fmt: skip
+        else:
+            with self._bookkeeping():
+                self._fail(chunks[0].request, error)
+            return
+        for part in parts:
+            if alive := [chunk for chunk in part if chunk.request.state is State.RUNNING]:
+                self._compute(ScheduledBatch(alive))
+
+    @torch.inference_mode()  # what the runner gives may not be written to outside of it
+    def _adjust(self, sampling: list[Request], logits: Tensor) -> tuple[dict[Request, Exception], dict[int, Tensor]]:
+        """Biases, penalties and grammars, in place; (what went wrong with whom, the rows as they were that log-
+        probabilities are wanted of)."""
+        failed: dict[Request, Exception] = {}
+        raw: dict[int, Tensor] = {}
+        for row, request in enumerate(sampling):
+            params = request.params
+            changes = bool(params.logit_bias) or params.penalizes or request.guide is not None
+            if params.logprobs is not None:
+                raw[row] = logits[row].clone() if changes else logits[row]
+            if not changes:
+                continue
+            try:
+                if request.guide is not None:
+                    request.guide.apply(logits[row], request.output_ids)
+                adjust(logits, row, request)
+            except Exception as error:
+                failed[request] = error
+                logits[row] = 0.0
+        return failed, raw
+
+    def _sample(
+        self, sampling: list[Request], logits: Tensor, raw: dict[int, Tensor]
+    ) -> tuple[list[int], dict[Request, TokenLogprobs]]:
+        """The next tokens, and the records of those that are wanted."""
+        if not sampling:
+            return [], {}
+        tokens = sample(
+            logits, [r.params for r in sampling], [r.seed for r in sampling], [r.generated for r in sampling]
+        )
+        if not raw:
+            return tokens, {}
+        wanted = [(sampling[row], sampling[row].params.logprobs) for row in raw]
+        found = logprobs_of(torch.stack(list(raw.values())), [tokens[row] for row in raw], max(n for _, n in wanted))
+        return tokens, {r: TokenLogprobs(x.token, x.logprob, x.top[:n]) for (r, n), x in zip(wanted, found)}
+
+    def _advance(
+        self, batch: ScheduledBatch, tokens: list[int], records: dict[Request, TokenLogprobs],
+        failed: dict[Request, Exception],
+    ) -> None:  # fmt: skip
+        new = {r: token for r, token in zip(batch.sampling, tokens) if r not in failed}
+        with self._bookkeeping():
+            for request, error in failed.items():
+                self._fail(request, error)
+            batch = ScheduledBatch([chunk for chunk in batch.chunks if chunk.request not in failed])
+            for request in records.keys() & new.keys():
+                request.logprobs[request.generated :] = [records[request]]
+            self.scheduler.advance(batch, list(new.values()))
+            for request, token in new.items():
+                try:
+                    self._deliver(request, token)
+                except Exception as error:
+                    self._fail(request, error)
+
     def _deliver(self, request: Request, token: int) -> None:
         """Adds a token to its request's text, and ends the request if that was its last."""
-        if token in request.eos_ids:
+        if token in request.eos_ids or token in request.params.stop_token_ids:
             request.output.finish()
             self._finish(request, "stop")
         elif request.output.push(token):
             self._finish(request, "stop")
+        elif request.guide is not None and request.guide.ended(request.output_ids):
+            request.output.finish()
+            self._finish(request, "stop")
         elif request.generated >= request.max_tokens:
             self._finish(request, "stop" if request.output.finish() else "length")
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.error = error
+        self._finish(request, "error")
 
     def _finish(self, request: Request, reason: str) -> None:
         if request.state is not State.FINISHED:
             self.scheduler.finish(request, reason)
-            request.media = None
+            request.media = request.history = request.guide = None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, on any device, or Python could not get memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

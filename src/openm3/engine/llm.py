@@ -6,6 +6,7 @@ other stream. Closing an iterator, or leaving it by an exception, cancels its re
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterable, Iterator
 from itertools import chain, count
@@ -16,9 +17,10 @@ import torch
 
 from openm3.config import M3Config, read_json
 from openm3.engine.core import Engine
+from openm3.engine.guide import Guides
 from openm3.engine.memory import cache_pages
 from openm3.engine.output import ChatResult, Completion, Finish, TextOutput
-from openm3.engine.request import Media, Request, RequestError, SamplingParams, State
+from openm3.engine.request import Grammar, Media, MediaItem, Request, RequestError, SamplingParams, State
 from openm3.engine.runner import Runner
 from openm3.processing import ContentDelta, OutputParser, Processor, ThinkingDelta, ToolCall
 
@@ -91,28 +93,42 @@ class LLM:
         pages = cache_pages(self.config, weight.device, weight.dtype, cache_tokens)
         page_size = self.config.text.sparse.block_size
         runner = Runner(model, pages)
-        self.engine = Engine(runner, num_pages=pages, page_size=page_size, max_batch_tokens=max_batch_tokens)
+        self.guides = Guides(processor.tokenizer, self.eos_ids)
+        self.engine = Engine(
+            runner, num_pages=pages, page_size=page_size, max_batch_tokens=max_batch_tokens, guides=self.guides.guide
+        )
 
     @property
     def device(self) -> torch.device:
         return self.engine.runner.device
 
     def generate(
-        self, prompts: str | list[str], params: SamplingParams | None = None, *, stream: bool = False
+        self,
+        prompts: str | list[str],
+        params: SamplingParams | None = None,
+        *,
+        grammar: Grammar | None = None,
+        stream: bool = False,
     ) -> list[Completion] | Iterator[str]:
         """Continues texts as they are, without a chat template, all in one batch; special tokens count where they are
-        spelled. stream=True (one text only): an iterator of pieces of the answer.
+        spelled. Each text has params.n completions, one after the other. stream=True (one text, n = 1): an iterator of
+        pieces of the answer.
 
-        Raises RequestError (a ValueError) for a text that is empty or does not fit.
+        Raises RequestError (a ValueError) for a text that is empty or does not fit, or a grammar that is none.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if stream and len(texts) != 1:
             raise RequestError(f"generate: {len(texts)} prompts with stream=True, must be one; stream them one by one")
-        requests = [self._request(self.processor.tokenizer.encode(text, specials=True), params) for text in texts]
+        wanted = _each(params)
+        if stream and len(wanted) != 1:
+            raise RequestError(f"n = {len(wanted)}: must be 1 with stream=True")
+        encode = self.processor.tokenizer.encode
+        requests = [self._request(encode(t, specials=True), p, grammar=grammar) for t in texts for p in wanted]
         if stream:
             return self._stream(requests[0])
         return [
-            Completion(r.output.take(), r.output_ids, r.finish_reason, len(r.prompt_ids)) for r in self._run(requests)
+            Completion(r.output.take(), r.output_ids, r.finish_reason, len(r.prompt_ids), r.logprobs, r.prompt_logprobs)
+            for r in self._run(requests)
         ]
 
     def chat(
@@ -122,17 +138,25 @@ class LLM:
         *,
         thinking: str = "adaptive",
         tools: list[dict[str, Any]] | None = None,
+        grammar: Grammar | None = None,
         stream: bool = False,
         image_options: Any = None,
         video_options: Any = None,
-    ) -> ChatResult | Iterator[Event]:
+    ) -> ChatResult | list[ChatResult] | Iterator[Event]:
         """Answers a conversation in the OpenAI shape (text, image and video parts, tool calls and results).
 
         stream=True: an iterator of events as they come (ThinkingDelta, ContentDelta, ToolCall), the last one a Finish.
+        grammar: what the answer must be, after its thinking. With params.n > 1 a list of so many answers.
         Bad messages, media or tools raise a ValueError here, before anything runs.
         """
         prompt = self._prompt(messages, thinking, tools, image_options, video_options)
-        events = self._events(self._chat_request(prompt, params), OutputParser(tools, prompt.thinking))
+        wanted = _each(params)
+        if len(wanted) > 1:
+            if stream:
+                raise RequestError(f"n = {len(wanted)}: must be 1 with stream=True")
+            done = self._run(self._chat_request(prompt, p, grammar) for p in wanted)
+            return [_answer(request, OutputParser(tools, prompt.thinking)) for request in done]
+        events = self._events(self._chat_request(prompt, params, grammar), OutputParser(tools, prompt.thinking))
         return events if stream else _collect(events)
 
     def chat_batch(
@@ -147,6 +171,8 @@ class LLM:
     ) -> list[ChatResult]:
         """Answers many conversations in one continuous batch; thinking and tools: one for all or a list of one each."""
         n = len(conversations)
+        if len(_each(params)) > 1:
+            raise RequestError(f"n = {params.n}: chat_batch gives each conversation one answer; use chat")
         modes = [thinking] * n if isinstance(thinking, str) else thinking
         one_each = tools is not None and any(t is None or isinstance(t, list) for t in tools)
         toolsets = tools if one_each else [tools] * n
@@ -163,18 +189,27 @@ class LLM:
                 yield self._chat_request(prompt, params)
 
         done = self._run(requests())
-        return [_collect(_parsed(r, parser, iter((r.output.take(),)))) for r, parser in zip(done, parsers)]
+        return [_answer(request, parser) for request, parser in zip(done, parsers)]
 
     def _prompt(self, messages: Any, thinking: str, tools: Any, image_options: Any, video_options: Any) -> Prompt:
         options = {"image_options": image_options, "video_options": video_options}
         options = {name: value for name, value in options.items() if value is not None}
         return self.processor.prepare(messages, tools=tools, thinking=thinking, **options)
 
-    def _chat_request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
-        return self._request(prompt.input_ids, params, prompt.images, prompt.videos)
+    def _chat_request(self, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None = None) -> Request:
+        return self._request(
+            prompt.input_ids, params, prompt.images, prompt.videos, grammar=grammar, thinking=prompt.thinking
+        )
 
     def _request(
-        self, ids: list[int], params: SamplingParams | None, images: Iterable[Any] = (), videos: Iterable[Any] = ()
+        self,
+        ids: list[int],
+        params: SamplingParams | None,
+        images: Iterable[Any] = (),
+        videos: Iterable[Any] = (),
+        *,
+        grammar: Grammar | None = None,
+        thinking: str | None = None,
     ) -> Request:
         """A request that will fit; RequestError otherwise, with the tokens needed and available."""
         if not ids:
@@ -189,6 +224,8 @@ class LLM:
             seed=random.getrandbits(64) if params.seed is None else params.seed,
             media=_media(ids, list(images), list(videos), self.config),
             output=TextOutput(self.processor.tokenizer.stream(), params.stop),
+            grammar=grammar,
+            thinking=thinking,
         )
 
     def _room(self, prompt_tokens: int) -> int:
@@ -219,6 +256,8 @@ class LLM:
             for request in started:
                 while request.state is not State.FINISHED:
                     self.engine.step()
+                if request.error is not None:
+                    raise request.error
         finally:
             for request in started:
                 self.engine.cancel(request)
@@ -231,6 +270,8 @@ class LLM:
             while True:
                 if text := request.output.take():
                     yield text
+                elif request.error is not None:
+                    raise request.error
                 elif request.state is State.FINISHED:
                     return
                 else:
@@ -273,10 +314,16 @@ def _media(ids: list[int], images: list[Any], videos: list[Any], config: M3Confi
     if not positions:
         return None
 
-    def joined(items: list[Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (torch.cat([m.pixels for m in items]), torch.cat([m.grid_thw for m in items])) if items else None
+    items = [MediaItem(m.pixels, m.grid_thw, m.tokens, m.digest) for m in (*images, *videos)]
+    return Media(items, positions, rows=[next(rows[ids[i]]) for i in positions])
 
-    return Media(joined(images), joined(videos), positions, rows=[next(rows[ids[i]]) for i in positions])
+
+def _each(params: SamplingParams | None) -> list[SamplingParams | None]:
+    """The parameters of each of n answers; a seed counts up."""
+    if params is None or params.n == 1:
+        return [params]
+    seeds = [None if params.seed is None else params.seed + i for i in range(params.n)]
+    return [dataclasses.replace(params, seed=seed, n=1) for seed in seeds]
 
 
 def _parsed(request: Request, parser: OutputParser, pieces: Iterator[str]) -> Iterator[Event]:
@@ -288,6 +335,10 @@ def _parsed(request: Request, parser: OutputParser, pieces: Iterator[str]) -> It
             yield event
     reason = "tool_calls" if called and request.finish_reason == "stop" else request.finish_reason
     yield Finish(reason, len(request.prompt_ids), request.generated)
+
+
+def _answer(request: Request, parser: OutputParser) -> ChatResult:
+    return _collect(_parsed(request, parser, iter((request.output.take(),))))
 
 
 def _collect(events: Iterable[Event]) -> ChatResult:

@@ -9,22 +9,29 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from openm3.engine.request import TokenLogprobs
     from openm3.processing import StreamDecoder, ToolCall
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer of `LLM.generate`. token_ids: all generated ones, those of eos and stop strings too."""
+    """An answer of `LLM.generate`. token_ids: all generated ones, those of eos and stop strings too.
+
+    logprobs: for each of them, prompt_logprobs: for each token of the prompt (None for the first), where asked for.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The last event of a stream. finish_reason: "stop", "length" (cut off), or "tool_calls" (a stop to call tools)."""
+    """The last event of a stream. finish_reason: "stop", "length" (cut off), "tool_calls" (a stop to call tools),
+    or "deadline"."""
 
     finish_reason: str
     prompt_tokens: int

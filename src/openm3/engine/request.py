@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openm3.engine.guide import Guide
     from openm3.engine.output import TextOutput
+    from openm3.engine.sampler import History
 
 
 class RequestError(ValueError):
@@ -153,20 +157,40 @@ class TokenLogprobs:
 
 
 @dataclass(eq=False)
+class MediaItem:
+    """One picture or clip: pixels [R, 1176] float32, grid_thw [n, 3] int64, the embeddings (`tokens`) it gives, and
+    the digest of its content. The runner drops the pixels when it has the embeddings."""
+
+    pixels: Tensor | None
+    grid_thw: Tensor
+    tokens: int
+    digest: str
+
+
+@dataclass(eq=False)
 class Media:
     """A prompt's pictures and clips, and which placeholder token shows which of their embeddings.
 
-    pixels: for images and for videos, (rows [R, 1176] float32, grid_thw [n, 3] int64) or None; positions: the places
-    of all placeholder tokens in the prompt, ascending; rows [M] int64: for each, its row in the embeddings of the
-    images followed by those of the videos. The runner sets `embeds` [M, H], in the placeholders' order, and drops the
-    pixels.
+    positions: the places of all placeholder tokens in the prompt, ascending; rows [M]: for each, its row in the
+    embeddings of all items, one after the other. The runner sets `embeds` [M, H], in the placeholders' order.
     """
 
-    images: tuple[Tensor, Tensor] | None
-    videos: tuple[Tensor, Tensor] | None
+    items: list[MediaItem]
     positions: list[int]
     rows: list[int]
     embeds: Tensor | None = None
+    _ends: list[int] = field(init=False)  # where each item's rows end
+
+    def __post_init__(self) -> None:
+        self._ends = list(accumulate(item.tokens for item in self.items))
+
+    def content(self, start: int, end: int) -> bytes:
+        """What the placeholders at [start, end) of the prompt show, as bytes."""
+        parts = []
+        for i in range(bisect_left(self.positions, start), bisect_left(self.positions, end)):
+            item = bisect_right(self._ends, self.rows[i])
+            parts += [self.items[item].digest.encode(), (self._ends[item] - self.rows[i]).to_bytes(8)]
+        return b"".join(parts)
 
 
 class State(Enum):
@@ -201,9 +225,14 @@ class Request:
     token_ids: list[int] = field(default_factory=list)  # the prompt and what was generated
     computed: int = 0  # the first tokens whose keys and values are in the pages
     pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its first blocks (prefix.py)
+    remembered: int = 0  # blocks whose pages the pool knows by their keys
+    preemptions: int = 0
     cached: int = 0  # tokens of the prompt that an earlier request had computed
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one for each token of the answer, where wanted
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # None for the first token
+    history: History | None = None  # the sampler's, for penalties
+    guide: Guide | None = None  # what enforces the grammar and the thinking budget
     finish_reason: str | None = None  # "stop", "length", "cancelled", "deadline" or "error"
     error: Exception | None = None  # what went wrong, where finish_reason is "error"
 

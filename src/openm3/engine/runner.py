@@ -1,17 +1,20 @@
 """One scheduled batch as one packed forward of the model over the page cache.
 
-The runner owns the cache's tensors and knows no queue; it keeps nothing of a request but its media embeddings, which
-are computed once and handed to the model slice by slice as the prompt's chunks reach their placeholders.
+The runner owns the cache's tensors and knows no queue. Media embeddings are computed once, when the prompt's chunks
+reach their placeholders, and handed to the model slice by slice; those of the last pictures and clips are kept for the
+next request that shows them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
-from openm3.engine.request import Media
+from openm3.engine.request import Media, MediaItem
+from openm3.engine.sampler import logprobs_of
 from openm3.engine.scheduler import Chunk, ScheduledBatch
 from openm3.model import M3, KVCache, plan_args
 from openm3.msa import Plan
@@ -19,16 +22,43 @@ from openm3.msa import Plan
 # On a CPU, a step of fewer multiply-adds than this (about 0.1 s of a core), of a model that a core reads in as long,
 # runs on one thread: it gains little from more, and loses a hundredfold where another process wants one of the cores.
 ONE_THREAD_STEP, ONE_THREAD_PARAMETERS = 1 << 32, 1 << 26
+MEDIA_CACHE_BYTES = 256 << 20
+LOGPROB_ROWS = 64  # prompt tokens whose logits over the whole vocabulary are held at a time
+
+
+class MediaCache:
+    """Embeddings [tokens, H] by the digest of what they show, at most `max_bytes` of them: the last used ones."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.bytes = max_bytes, 0
+        self._embeds: OrderedDict[str, Tensor] = OrderedDict()
+
+    def get(self, digest: str) -> Tensor | None:
+        if digest in self._embeds:
+            self._embeds.move_to_end(digest)
+        return self._embeds.get(digest)
+
+    def put(self, digest: str, embeds: Tensor) -> None:
+        if digest in self._embeds or embeds.nbytes > self.max_bytes:
+            return
+        self._embeds[digest] = embeds
+        self.bytes += embeds.nbytes
+        while self.bytes > self.max_bytes:
+            self.bytes -= self._embeds.popitem(last=False)[1].nbytes
 
 
 class Runner:
-    """Runs batches of `model`, with `num_pages` pages of cache beside it on its device, in its dtype."""
+    """Runs batches of `model`, with `num_pages` pages of cache beside it on its device, in its dtype.
 
-    def __init__(self, model: M3, num_pages: int) -> None:
+    media_cache_bytes: bound of the embeddings kept of pictures and clips already seen.
+    """
+
+    def __init__(self, model: M3, num_pages: int, *, media_cache_bytes: int = MEDIA_CACHE_BYTES) -> None:
         weight = model.embed.weight
         self.model = model
         self.device = weight.device
         self.cache = KVCache(model.config, num_pages, device=weight.device, dtype=weight.dtype)
+        self.media_cache = MediaCache(media_cache_bytes)
         self._plan_args = plan_args(model.config)
         self._parameters = sum(p.numel() for p in model.parameters())
         # The model reads these tokens, it does not write them: they stand for embeddings it would not have.
@@ -37,9 +67,11 @@ class Runner:
         self._table_of: list[tuple[list[int], int]] = []  # the page lists in the table, and how much of each
 
     def run(self, batch: ScheduledBatch) -> Tensor:
-        """Computes the batch's tokens into their pages; float32 logits [len(batch.sampling), V] of the last ones."""
-        tokens = sum(chunk.end - chunk.start for chunk in batch.chunks)
-        small = self._parameters <= ONE_THREAD_PARAMETERS and self._parameters * tokens <= ONE_THREAD_STEP
+        """Computes the batch's tokens into their pages; float32 logits [len(batch.sampling), V] of the last ones.
+
+        Prompts whose log-probabilities are wanted get those of their chunk in `prompt_logprobs`.
+        """
+        small = self._parameters <= ONE_THREAD_PARAMETERS and self._parameters * batch.tokens <= ONE_THREAD_STEP
         threads = torch.get_num_threads()
         if not small or threads == 1 or self.device.type != "cpu":
             return self._run(batch.chunks)
@@ -62,9 +94,26 @@ class Runner:
         hidden = self.model(
             torch.tensor(ids), cache=self.cache, plan=plan, media_embeds=self._media_embeds(chunks)
         ).hidden  # [T, H]
-        logits = self.model.logits(hidden if len(last) == len(ids) else hidden[last])
+        for chunk, offset in zip(chunks, offsets):
+            if chunk.request.params.prompt_logprobs is not None:
+                self._score_prompt(chunk, hidden[offset : offset + chunk.tokens])
+        return self._logits(hidden if len(last) == len(ids) else hidden[last])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.model.logits(hidden)
         logits[:, self._unwritable] = -torch.inf
         return logits
+
+    def _score_prompt(self, chunk: Chunk, hidden: Tensor) -> None:
+        """The log-probabilities of the prompt's tokens after those of the chunk, each from the hidden row before it."""
+        request = chunk.request
+        tokens = request.prompt_ids[chunk.start + 1 : chunk.end + 1]
+        found = []
+        for a in range(0, len(tokens), LOGPROB_ROWS):
+            rows = tokens[a : a + LOGPROB_ROWS]
+            found += logprobs_of(self._logits(hidden[a : a + len(rows)]), rows, request.params.prompt_logprobs)
+        if found:
+            request.prompt_logprobs = [*(request.prompt_logprobs or [None])[: chunk.start + 1], *found]
 
     def _page_table(self, chunks: list[Chunk]) -> Tensor:
         """int32 [B, max_pages], built anew only when a sequence came, went or grew by a page."""
@@ -90,8 +139,21 @@ class Runner:
 
     def _encoded(self, media: Media) -> Tensor:
         if media.embeds is None:
-            pixels = [p for p in (media.images, media.videos) if p is not None]
-            embeds = [self.model.encode_media(rows.to(self.device), grid) for rows, grid in pixels]
-            media.embeds = torch.cat(embeds)[torch.tensor(media.rows, device=self.device)]
-            media.images = media.videos = None
+            known = {item.digest: self.media_cache.get(item.digest) for item in media.items}
+            missing = {item.digest: item for item in media.items if known[item.digest] is None}
+            # One by one on a CPU, which gains nothing from more: what a picture gives does not depend on the others.
+            groups = [[item] for item in missing.values()] if self.device.type == "cpu" else [list(missing.values())]
+            for group in filter(None, groups):
+                for item, embeds in zip(group, self._encode(group)):
+                    known[item.digest] = embeds
+                    self.media_cache.put(item.digest, embeds)
+            embeds = torch.cat([known[item.digest] for item in media.items])
+            media.embeds = embeds[torch.tensor(media.rows, device=self.device)]
+            for item in media.items:
+                item.pixels = None
         return media.embeds
+
+    def _encode(self, items: list[MediaItem]) -> list[Tensor]:
+        pixels = torch.cat([item.pixels for item in items]).to(self.device)
+        embeds = self.model.encode_media(pixels, torch.cat([item.grid_thw for item in items]))
+        return [part.clone() for part in embeds.split([item.tokens for item in items])]

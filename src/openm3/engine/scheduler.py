@@ -1,17 +1,21 @@
 """Who computes what in the next step: a pure state machine, waiting -> running -> finished, that knows no tensor.
 
-A step is one packed batch of at most `max_batch_tokens` tokens. Running answers get their one token first, prompts
-share the rest in chunks, so a long prompt never starves a stream. A request enters, in order of arrival, when the
-pages of all its known tokens are free; when an answer needs a page and none is left, the youngest request gives up its
-pages and is computed again later. The oldest therefore always advances, and everyone finishes.
+A step is one packed batch of at most `max_batch_tokens` tokens. Running answers get their one token first; of the
+rest, the first prompt gets at least half and the shortest others what is left: a long prompt starves neither a stream
+nor a short prompt. A request enters, by priority and then in order of arrival, when the pages of all its known tokens
+are free. It holds the pages of the blocks that an earlier request computed; where a running one is about to compute
+them, it waits for that. When pages run out, the last request in that order gives up its own and is computed again
+later, from what is still remembered. The first therefore always advances, and everyone finishes.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections import Counter
 from dataclasses import dataclass
 
 from openm3.engine.pages import PagePool
+from openm3.engine.prefix import extend_keys
 from openm3.engine.request import Request, RequestError, State
 
 
@@ -24,6 +28,10 @@ class Chunk:
     end: int
     samples: bool
 
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
 
 @dataclass(frozen=True)
 class ScheduledBatch:
@@ -33,6 +41,15 @@ class ScheduledBatch:
     def sampling(self) -> list[Request]:
         """The requests that get a token from this step, in the order of their logits."""
         return [chunk.request for chunk in self.chunks if chunk.samples]
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.tokens for chunk in self.chunks)
+
+
+def rank(request: Request) -> tuple[int, int]:
+    """The order in which requests are served."""
+    return -request.priority, request.arrival
 
 
 class Scheduler:
@@ -45,8 +62,9 @@ class Scheduler:
         self.page_size = page_size
         self.max_batch_tokens = max_batch_tokens
         self.max_running = min(max_running, max_batch_tokens)  # every running answer gets its token each step
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # both in order of arrival; all that run came before all that wait
+        self.waiting: list[Request] = []  # both by rank
+        self.running: list[Request] = []
+        self.preemptions = 0
         self._arrivals = 0
 
     @property
@@ -64,24 +82,32 @@ class Scheduler:
             )
         request.arrival = self._arrivals
         self._arrivals += 1
-        self.waiting.append(request)
+        insort(self.waiting, request, key=rank)
 
-    def schedule(self) -> ScheduledBatch | None:
-        """The next step's batch, its pages allocated; None if there is nothing to do."""
+    def expired(self, now: float) -> list[Request]:
+        """The unfinished requests whose deadline has passed."""
+        return [r for r in (*self.running, *self.waiting) if r.deadline is not None and r.deadline <= now]
+
+    def schedule(self, prompt_tokens: int | None = None) -> ScheduledBatch | None:
+        """The next step's batch, its pages allocated; None if there is nothing to do.
+
+        prompt_tokens: at most so many of prompts (one at least), where answers wait for this step.
+        """
         for request in list(self.running):  # answers first: their next token may need one page more
             if request.state is State.RUNNING and request.computed + 1 == len(request.token_ids):
                 self._grow(request)
         self._admit()
         decodes = [r for r in self.running if r.computed + 1 == len(r.token_ids)]
         prefills = [r for r in self.running if r.computed + 1 < len(r.token_ids)]
-        chunks, budget = [], self.max_batch_tokens
-        for request in decodes + prefills:
-            start, known = request.computed, len(request.token_ids)
-            end = min(known, start + budget)
-            if start == end:
-                break
-            chunks.append(Chunk(request, start, end, samples=end == known))
-            budget -= end - start
+        budget = self.max_batch_tokens - len(decodes)
+        if decodes and prompt_tokens is not None:
+            budget = min(budget, max(1, prompt_tokens))
+        shares = self._shares(prefills, budget)
+        chunks = []
+        for request, tokens in [*((r, 1) for r in decodes), *zip(prefills, shares)]:
+            if tokens:
+                start, end = request.computed, request.computed + tokens
+                chunks.append(Chunk(request, start, end, samples=end == len(request.token_ids)))
         return ScheduledBatch(chunks) if chunks else None
 
     def advance(self, batch: ScheduledBatch, tokens: list[int]) -> None:
@@ -90,6 +116,7 @@ class Scheduler:
             request.token_ids.append(token)
         for chunk in batch.chunks:  # last: an interrupt before it costs a recomputation only
             chunk.request.computed = chunk.end
+            self._remember(chunk.request)
 
     def finish(self, request: Request, reason: str) -> None:
         """Ends a request at any stage and takes its pages back; one that has ended already stays as it is."""
@@ -104,29 +131,96 @@ class Scheduler:
     def reset(self) -> None:
         """All unfinished requests wait again, all pages are free: the way out of bookkeeping that broke off midway."""
         unfinished = {r for r in (*self.running, *self.waiting) if r.state is not State.FINISHED}
-        self.waiting = deque(sorted(unfinished, key=lambda r: r.arrival))
+        self.waiting = sorted(unfinished, key=rank)
         self.running = []
         self.pool = PagePool(self.pool.num_pages)
         for request in self.waiting:
-            request.state, request.pages, request.computed = State.WAITING, [], 0
+            request.state, request.pages, request.computed, request.remembered = State.WAITING, [], 0, 0
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
+    def _shares(self, prefills: list[Request], budget: int) -> list[int]:
+        """How many tokens each prompt gets."""
+        missing = [len(r.token_ids) - r.computed for r in prefills]
+        shares = [0] * len(prefills)
+        shortest = sorted(range(1, len(prefills)), key=missing.__getitem__)
+        for i, most in [(0, -(-budget // 2)), *((i, budget) for i in shortest), (0, budget)] if prefills else []:
+            tokens = min(missing[i] - shares[i], most, budget)
+            shares[i] += tokens
+            budget -= tokens
+        return shares
+
     def _admit(self) -> None:
         """Waiting requests enter while pages last, one for each that runs left over (or they would be out soon)."""
-        while self.waiting and len(self.running) < self.max_running:
-            request = self.waiting[0]
-            needed = self._pages_for(len(request.token_ids))
-            if needed + len(self.running) > self.pool.free and not (not self.running and needed <= self.pool.free):
+        under_way: set[bytes] | None = None  # keys of the blocks that running requests will compute
+        for request in list(self.waiting):
+            under_way = self._under_way(self.running) if under_way is None else under_way
+            known = self._reusable_keys(request)
+            shared = self.pool.find(known)
+            if len(shared) < len(known) and known[len(shared)] in under_way:
+                continue
+            if not self._make_room(request, shared):
                 return
-            request.pages = self.pool.allocate(needed)
-            request.state = State.RUNNING
-            self.running.append(request)
-            self.waiting.popleft()
+            self._enter(request, shared)
+            under_way |= self._under_way([request])
+
+    def _under_way(self, requests: list[Request]) -> set[bytes]:
+        size = self.page_size
+        return {key for r in requests for key in r.keys[r.computed // size : len(r.token_ids) // size]}
+
+    def _reusable_keys(self, request: Request) -> list[bytes]:
+        """The keys of the blocks that need not be computed: the last known token always is, for its logits."""
+        full = len(request.token_ids) // self.page_size
+        keys = extend_keys(request, self.page_size, full)
+        if request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt_ids):
+            return []  # every token's logits are wanted
+        return keys[: (len(request.token_ids) - 1) // self.page_size]
+
+    def _make_room(self, request: Request, shared: list[int]) -> bool:
+        """Whether there is room for a waiting request, taken from those of lower priority if that suffices."""
+        victims = [r for r in self.running if r.priority < request.priority]  # by rank, the last one first to go
+        others = len(self.running) - len(victims)
+        held = Counter(page for r in victims for page in r.pages)
+        kept = {page for page in shared if held[page] == self.pool.holders(page)}  # free, once the victims are gone
+        gained = sum(count == self.pool.holders(page) for page, count in held.items())
+        needed = self._pages_for(len(request.token_ids)) - len(shared) + len(kept)
+        if others >= self.max_running or not self._enough(needed, self.pool.free + gained, others):
+            return False
+        while True:
+            idle = sum(not self.pool.holders(page) for page in shared)
+            needed = self._pages_for(len(request.token_ids)) - len(shared) + idle
+            running = len(self.running)
+            if running < self.max_running and self._enough(needed, self.pool.free, running):
+                return True
+            self._preempt(victims.pop())
+
+    @staticmethod
+    def _enough(needed: int, free: int, running: int) -> bool:
+        return needed + running <= free or (not running and needed <= free)
+
+    def _enter(self, request: Request, shared: list[int]) -> None:
+        self.pool.retain(shared)
+        after = shared[-1] if shared else None
+        request.pages = shared  # at once: an interrupt must find what is held
+        request.pages = shared + self.pool.allocate(self._pages_for(len(request.token_ids)) - len(shared), after)
+        request.computed, request.remembered = len(shared) * self.page_size, len(shared)
+        if not request.preemptions:
+            request.cached = request.computed
+        request.state = State.RUNNING
+        insort(self.running, request, key=rank)
+        self.waiting.remove(request)
+
+    def _remember(self, request: Request) -> None:
+        """Lets later requests find the blocks that are complete and computed."""
+        blocks = request.computed // self.page_size
+        keys = extend_keys(request, self.page_size, blocks)
+        for block in range(request.remembered, blocks):
+            self.pool.remember(request.pages[block], keys[block])
+        request.remembered = blocks
 
     def _grow(self, request: Request) -> None:
-        """Makes room for an answer's newest token, from the youngest request (itself, maybe) if no page is free."""
+        """Makes room for an answer's newest token, from the last request (itself, maybe) if no page is free."""
         missing = self._pages_for(len(request.token_ids)) - len(request.pages)
         while missing > self.pool.free and request.state is State.RUNNING:
             self._preempt(self.running[-1])
@@ -134,11 +228,13 @@ class Scheduler:
             request.pages += self.pool.allocate(missing, after=request.pages[-1])
 
     def _preempt(self, request: Request) -> None:
-        self.waiting.appendleft(request)
+        self.preemptions += 1
+        request.preemptions += 1
+        insort(self.waiting, request, key=rank)
         self.running.remove(request)
         self._free_pages(request)
         request.state = State.WAITING
 
     def _free_pages(self, request: Request) -> None:
-        pages, request.pages, request.computed = request.pages, [], 0
+        pages, request.pages, request.computed, request.remembered = request.pages, [], 0, 0
         self.pool.release(pages)
