@@ -104,15 +104,15 @@ def without_carries(rng: random.Random, op: str) -> tuple[int, int]:
 def sample(rng: random.Random, split: str, thinking: str | None = None, least: int = 0, most: int = 9) -> Case:
     """One problem in the examination, one to four in training.
 
-    Training draws a quarter of the problems without any carry; in adaptive thinking it draws these with just one carry
-    instead, so that near the border it thinks rather than not."""
+    Training draws a quarter of the problems without any carry. In adaptive thinking it draws most beside the border
+    of what is thought about: without a carry and with just one, alike."""
     thinking = thinking or rng.choice(("enabled", "adaptive", "adaptive", "disabled", "disabled"))
     talk = Talk(rng, "arithmetic", thinking)
     problems = []
     for _ in range(1 if split == "test" else rng.randint(1, 4)):
         low, high = least, most
-        if split == "train" and rng.random() < 0.25:
-            low, high = (1, 1) if thinking == "adaptive" else (0, 0)
+        if split == "train" and rng.random() < (0.6 if thinking == "adaptive" else 0.25):
+            low = high = rng.randint(0, 1) if thinking == "adaptive" else 0
         a, op, b = problem(rng, split, low, high)
         talk.ask(phrase(rng, PLUS if op == "+" else MINUS, a=a, b=b))
         result = str(a + b if op == "+" else a - b)

@@ -19,7 +19,7 @@ MIX = {  # share of the tokens
     "dialogue": 0.05, "chat": 0.01, "document": 0.01, "continue": 0.005, "echo": 0.025,
 }  # fmt: skip
 TYPICAL = {  # tokens of a typical sample, measured; they turn shares of tokens into chances of a draw
-    "pictures": 174, "digits": 98, "clips": 135, "retrieval": 1250, "arithmetic": 161, "tools": 527,
+    "pictures": 174, "digits": 98, "clips": 135, "retrieval": 1250, "arithmetic": 135, "tools": 527,
     "dialogue": 149, "chat": 126, "document": 104, "continue": 125, "echo": 169,
 }  # fmt: skip
 START = 1024  # the longest document at first
