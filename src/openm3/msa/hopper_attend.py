@@ -20,6 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from openm3.msa.hopper_select import barrier
+
 INF = gl.constexpr(float("inf"))
 LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # of one warpgroup
@@ -90,7 +92,7 @@ def _attend_rows(
     q = gl.load(q_ptr + q_at[:, None] + d[None], mask=(row < count * GROUP)[:, None], other=0.0)
     mine.store(q)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     row = NTH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     query = row // GROUP
@@ -106,7 +108,7 @@ def _attend_rows(
             entry = gl.load(chosen)
         scores = _issue_scores(mine, k_ring, k_full, 0, nothing, STAGES)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        gl.thread_barrier()  # all four warps have read the buffer
+        barrier()  # all four warps have read the buffer
         mbarrier.arrive(k_empty.index(0), count=1)
         p, fade, total, top = _weigh(
             scores, total, top, entry, query, position, whole, score_mul, SELECTED, BLOCK, mma
@@ -121,7 +123,7 @@ def _attend_rows(
             mbarrier.wait(v_full.index(before), (n - 1) // STAGES & 1)
             acc = warpgroup_mma(p_half, v_ring.index(before), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(k_empty.index(n % STAGES), count=1)
             p, fade, total, top = _weigh(
                 scores, total, top, entry, query, position, whole, score_mul, SELECTED, BLOCK, mma
@@ -129,7 +131,7 @@ def _attend_rows(
             following = n + 1
             mbarrier.wait(k_full.index(following % STAGES), following // STAGES & 1, pred=following < length)
             acc, p_half, p = warpgroup_mma_wait(0, deps=(acc, p_half, p))  # p: the exponentials come before the wait
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * fade[:, None]
             p_half = gl.convert_layout(p.to(q_ptr.dtype.element_ty), weights)

@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Triton 3.7, and in 3.6
+
 INF = gl.constexpr(float("inf"))
 ROWS = gl.constexpr(128)  # of one warpgroup
 HIGHEST = gl.constexpr(2**31 - 1)
@@ -49,7 +51,7 @@ def _score_rows(
     q = gl.load(q_ptr + q_at[:, None] + d[None], mask=(row < count * HEADS)[:, None], other=0.0)
     mine.store(q)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     row = NTH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     real = row < count * HEADS
@@ -63,7 +65,7 @@ def _score_rows(
         mbarrier.wait(full.index(stage), n // STAGES & 1)
         scores = warpgroup_mma(mine, ring.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        gl.thread_barrier()  # all four warps have read the buffer
+        barrier()  # all four warps have read the buffer
         mbarrier.arrive(empty.index(stage), count=1)
         if block >= whole:
             scores = gl.where((block * BLOCK + key)[None] <= position[:, None], scores, -INF)
