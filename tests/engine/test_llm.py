@@ -11,7 +11,7 @@ from PIL import Image
 
 from openm3.checkpoint import resolve, save_model
 from openm3.config import NANO_SPECIALS
-from openm3.engine import LLM, ChatResult, Finish, RequestError, SamplingParams
+from openm3.engine import LLM, ChatResult, Finish, Grammar, RequestError, SamplingParams
 from openm3.engine.llm import read_generation_config
 from openm3.engine.memory import cache_bytes_per_token, cache_pages
 from openm3.model import M3
@@ -228,6 +228,82 @@ def test_an_interrupt_in_the_model_frees_the_pages_and_the_next_answer_is_right(
     assert llm.generate("once upon", GREEDY) == wanted
     piece += "".join(other)
     assert piece == llm.generate("another", GREEDY)[0].text
+
+
+def test_n_answers_are_each_alone_with_the_next_seed(llm):
+    params = dataclasses.replace(SEEDED, n=3)
+    texts = ["once upon", "The quick brown fox jumps over the lazy dog. " * 5]
+    alone = [llm.generate(t, dataclasses.replace(SEEDED, seed=7 + i))[0] for t in texts for i in range(3)]
+    assert llm.generate(texts, params) == alone
+    assert len({completion.text for completion in alone}) == 6
+    chats = llm.chat(HELLO, params)
+    assert chats == [llm.chat(HELLO, dataclasses.replace(SEEDED, seed=7 + i)) for i in range(3)]
+    for call in (llm.generate, lambda *a, **k: llm.chat(HELLO, params, **k)):
+        with pytest.raises(RequestError, match="n = 3: must be 1 with stream=True"):
+            call("x", params, stream=True)
+    with pytest.raises(RequestError, match="n = 3: chat_batch gives each conversation one answer"):
+        llm.chat_batch([HELLO], params)
+
+
+def test_a_completion_has_the_log_probabilities_that_were_asked_for(llm):
+    [plain] = llm.generate("once upon", SEEDED)
+    [full] = llm.generate("once upon", dataclasses.replace(SEEDED, logprobs=2, prompt_logprobs=0))
+    assert (full.token_ids, plain.logprobs, plain.prompt_logprobs) == (plain.token_ids, [], [])
+    assert [record.token for record in full.logprobs] == full.token_ids
+    assert [record and record.token for record in full.prompt_logprobs][1:] == llm.processor.tokenizer.encode(
+        "once upon"
+    )[1:]
+    assert all(len(record.top) == 2 and record.logprob <= 0 for record in full.logprobs)
+
+
+def test_a_grammar_binds_the_answer_and_a_budget_the_thinking(llm):
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["a"]}
+    for mode in ("enabled", "adaptive", "disabled"):
+        params = dataclasses.replace(SEEDED, max_tokens=200, thinking_budget=5)
+        result = llm.chat(
+            HELLO, params, thinking=mode, grammar=Grammar("json", schema | {"additionalProperties": False})
+        )
+        assert list(json.loads(result.content)) == ["a"]
+        assert result.finish_reason == "stop"
+        assert (result.reasoning is None) or mode != "disabled"
+        result = llm.chat(HELLO, params, thinking=mode, tools=[TOOL], grammar=Grammar("tools", [TOOL], parallel=False))
+        [call] = result.tool_calls
+        assert all(isinstance(value, int) for value in call.arguments.values())
+        assert (result.content, result.finish_reason) == ("", "tool_calls")
+    [completion] = llm.generate("one or two: ", SEEDED, grammar=Grammar("choice", ["one", "two"]))
+    assert completion.text in ("one", "two")
+
+
+def test_a_second_turn_reuses_the_first_one_s_pages(llm):
+    seen = []
+    add = llm.engine.add
+    llm.engine.add = lambda request: (seen.append(request), add(request))
+    talk = [{"role": "user", "content": "tell me " * 40}]
+    result = llm.chat(talk, dataclasses.replace(SEEDED, logit_bias={NANO_SPECIALS["</mm:think>"]: -100}))
+    talk += [{"role": "assistant", "content": result.content}, {"role": "user", "content": "go on"}]
+    again = llm.chat(talk, SEEDED)
+    first, second = seen
+    assert first.cached == 0
+    assert second.cached >= len(first.prompt_ids) - 16  # up to the block of its generation prompt
+    fresh = LLM.from_model(llm.model, llm.processor, cache_tokens=2048, max_batch_tokens=64)
+    assert again == fresh.chat(talk, SEEDED)
+
+
+def test_what_fails_inside_the_model_reaches_the_caller(llm, monkeypatch):
+    stream = llm.generate("another", SEEDED, stream=True)
+    piece, run = next(stream), llm.engine.runner.run
+
+    def fails(batch):
+        if any(r.prompt_ids == llm.processor.tokenizer.encode("bad") for r in (c.request for c in batch.chunks)):
+            raise RuntimeError("a kernel failed")
+        return run(batch)
+
+    monkeypatch.setattr(llm.engine.runner, "run", fails)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        llm.generate(["good", "bad"], SEEDED)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        list(llm.generate("bad", SEEDED, stream=True))
+    assert piece + "".join(stream) == llm.generate("another", SEEDED)[0].text
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(network, processor):

@@ -9,6 +9,7 @@ Grammars run in llguidance (the extra `openm3[serve]`): one wheel without depend
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -37,11 +38,12 @@ class Guides:
         self.think_id, self.end_id = (tokenizer.specials.get(marker) for marker in (THINK, END_THINK))
         self._ll_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
 
     def guide(self, request: Request) -> Guide | None:
         """The guide that a request needs; None if it needs none.
 
-        Raises RequestError for a grammar that cannot be enforced, ImportError without llguidance.
+        Raises RequestError for a grammar that cannot be enforced, and without llguidance. From any thread.
         """
         budget = request.params.thinking_budget if request.thinking in ("enabled", "adaptive") else None
         if request.grammar is None and budget is None:
@@ -55,17 +57,23 @@ class Guides:
         try:
             from llguidance import LLMatcher
         except ImportError:
-            raise ImportError("structured output needs llguidance: pip install 'openm3[serve]'") from None
-        source = self._source(grammar)
-        if source not in self._compiled:
-            matcher = LLMatcher(self._tokenizer(), source, log_level=0)
-            if matcher.is_error():
-                lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip()]
-                raise RequestError(f"grammar: the {grammar.kind} cannot be enforced: {' '.join(lines)[:300]}")
-            self._compiled[source] = matcher
-            if len(self._compiled) > KEPT_GRAMMARS:
-                self._compiled.popitem(last=False)
-        return self._compiled[source].deep_copy()
+            raise RequestError("grammar: structured output needs llguidance: pip install 'openm3[serve]'") from None
+        try:
+            source = self._source(grammar)
+        except RequestError:
+            raise
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise RequestError(f"grammar: the {grammar.kind} cannot be read ({error})") from None
+        with self._lock:
+            if source not in self._compiled:
+                matcher = LLMatcher(self._tokenizer(), source, log_level=0)
+                if matcher.is_error():
+                    reason = " ".join(matcher.get_error().split())[:300]
+                    raise RequestError(f"grammar: the {grammar.kind} cannot be enforced: {reason}")
+                self._compiled[source] = matcher
+                if len(self._compiled) > KEPT_GRAMMARS:
+                    self._compiled.popitem(last=False)
+            return self._compiled[source].deep_copy()
 
     def _source(self, grammar: Grammar) -> str:
         from llguidance import LLMatcher

@@ -216,7 +216,7 @@ class LLM:
             raise RequestError("the prompt is empty: it must have at least one token")
         params = (params or SamplingParams()).filled(self.defaults)
         room = self._room(len(ids))
-        return Request(
+        request = Request(
             prompt_ids=ids,
             params=params,
             max_tokens=min(params.max_tokens or room, room),
@@ -227,6 +227,8 @@ class LLM:
             grammar=grammar,
             thinking=thinking,
         )
+        request.guide = self.guides.guide(request)
+        return request
 
     def _room(self, prompt_tokens: int) -> int:
         """How many tokens an answer can have after such a prompt."""

@@ -17,9 +17,10 @@ from openm3.processing import ToolSchema
 
 # A text must not spell the namespace token, and in a union with other types must not read as one of those.
 NAMESPACE = r"/(?s:.*)\]<\]minimax\[>\[(?s:.*)/"
+INTEGER = r"-?(0|[1-9][0-9]{0,17})"  # what every reader of JSON takes
 NUMBER = r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?([eE][+-]?[0-9]{1,2})?"
 LITERAL = r"/\s*((?i:true|false)|null|[-0-9][0-9.eE+-]*|[\[{](?s:.*))?\s*/"
-WHITESPACE = r"( |\n {0,16})?"  # between the parts of a JSON text: enough to indent, too little to wander off in
+WHITESPACE = "[ ]?"  # between the parts of a JSON text
 
 _NAME = re.compile(r"[^\s<>/\"](?:[^<>\"]*[^\s<>\"])?\Z")
 _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$schema",
@@ -38,7 +39,7 @@ def tools_grammar(tools: list[ToolSchema], namespace_id: int, *, required: bool,
     block = f'{writer.ns} "<tool_call>\\n" ({calls}){"+" if parallel else ""} {writer.ns} "</tool_call>"'
     start = f"start: {block}" if required else f"start: TEXT ({block})?"
     return "\n".join([start, f"TEXT: /(?s:.*)/ & ~{NAMESPACE}", f"PLAIN: TEXT & ~{LITERAL}",
-                      f"NUMBER: /{NUMBER}/", *writer.rules])  # fmt: skip
+                      f"INTEGER: /{INTEGER}/", f"NUMBER: /{NUMBER}/", *writer.rules])  # fmt: skip
 
 
 def json_options(schema: Mapping[str, Any]) -> str:
@@ -215,7 +216,7 @@ class _Writer:
 
     def _integer(self, schema: Mapping[str, Any], _: bool) -> str:
         self._only(schema, _OF_NUMBERS)
-        return self._json(schema)
+        return self._json(schema) if _OF_NUMBERS & set(schema) else "INTEGER"
 
     def _boolean(self, schema: Mapping[str, Any], _: bool) -> str:
         self._only(schema, set())
