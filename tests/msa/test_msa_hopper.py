@@ -49,9 +49,10 @@ def recorded(monkeypatch, kernels):
 
 
 def step_kernels():
-    from openm3.msa import hopper_decode
+    from openm3.msa import hopper_decode, hopper_pick
 
-    return [(hopper_decode, name) for name in ("score_step", "pick_step", "attend_step", "combine_step")]
+    names = [(hopper_decode, name) for name in ("score_step", "attend_step", "combine_step")]
+    return [*names, (hopper_pick, "pick_step")]
 
 
 def compiled(kernel, args, options):
@@ -117,15 +118,15 @@ def test_every_decode_launch_compiles_and_two_programs_share_a_multiprocessor(ca
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels for the interpreter do not compile")
 @pytest.mark.parametrize("heads", [1, 4])
 def test_the_score_of_a_prompt_compiles_for_warpgroups_and_fits(heads, monkeypatch):
-    from openm3.msa import hopper_select, triton_select
+    from openm3.msa import hopper_pick, hopper_select
 
     case = STEP.but(lens_q=(3000, 20), lens_k=(4096, 2100), hi=heads)
     t, plan = case.tensors().in_pages(), case.paged()
-    kernels = [(hopper_select, "score_tiles"), (triton_select, "pick_blocks")]
+    kernels = [(hopper_select, "score_tiles"), (hopper_pick, "pick_rows")]
     with recorded(monkeypatch, kernels) as launches:
         hopper_backend.select_blocks(t.index_q, t.index_k, plan, scores=False)
-    (kernel, grid, args, options), (pick, rows, _, _) = launches
-    assert pick is triton_select.pick_blocks
+    (kernel, grid, args, options), (pick, rows, *launch) = launches
+    assert compiled(pick, *launch).asm["cubin"]
     tiles = grid[0]
     # The first 952 queries of 3000 see 16 blocks and take all of them.
     assert tiles == rows[0] // 256 == 2048 * heads // 256 + 1

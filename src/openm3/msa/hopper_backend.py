@@ -1,7 +1,7 @@
 """MSA on Hopper (sm_90a), for the M3 family's sizes on paged caches: tensor maps, wgmma, programmatic launches.
 
 decode     up to 16 query tokens a sequence: four launches, the context split over the card (`hopper_decode.py`)
-selection  of more: tiles of 256 rows through warp-specialized products (`hopper_select.py`), the k best as elsewhere
+selection  of more: tiles of 256 rows through warp-specialized products (`hopper_select.py`), then as in decode
 attention  of more: tiles of neighbouring queries whose blocks are few walk their union, as dense attention walks all
            blocks (`hopper_attend.py`); other tiles' queries are gathered by page (`hopper_gather.py`)
 others     the portable kernels of `triton_backend.py`
@@ -20,7 +20,7 @@ from torch import Tensor
 from openm3.msa import triton_backend
 from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan, to_device
-from openm3.msa.triton_backend import FP8, HALVES, ROW_CHUNK, Call, on, pad
+from openm3.msa.triton_backend import FP8, HALVES, Call, on, pad
 from openm3.msa.triton_tiles import Tiles, once, strips_of, tiles_of
 
 __all__ = ["TUNING", "Tuning", "dense_attention", "refusal", "select_blocks", "sparse_attention"]
@@ -135,7 +135,7 @@ def select_blocks(
     rows, width = pad(heads * plan.max_q), -(-plan.max_k // BLOCK)
     if _is_step(plan) and 4 * len(plan.lens_q) * rows * width <= plan.workspace_bytes:
         return _select_step(index_q, index_k, plan, index_k_scale, scores, rows, width)
-    if plan.max_q > MOST_QUERIES and index_k.dtype == index_q.dtype and not triton_backend._interpreted():
+    if width <= MOST_BLOCKS and index_k.dtype == index_q.dtype and not triton_backend._interpreted():
         return _select_tiles(index_q, index_k, plan, scores)
     return triton_backend.select_blocks(index_q, index_k, plan, index_k_scale, scores)
 
@@ -143,7 +143,7 @@ def select_blocks(
 def _select_step(
     index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, rows: int, width: int
 ) -> tuple[Tensor, Tensor | None]:
-    from openm3.msa import hopper_decode as kernels
+    from openm3.msa import hopper_decode, hopper_pick
 
     (tokens, heads, _), device, batch, tuning = index_q.shape, index_q.device, len(plan.lens_q), TUNING
     blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
@@ -156,17 +156,17 @@ def _select_step(
     chunk = pad(width, plan.topk)
     lengths = dict(EACH=_each(plan), HEADS=heads, ROWS=rows, BLOCK=BLOCK)
     with on(device):
-        kernels.score_step[(splits, batch)](
+        hopper_decode.score_step[(splits, batch)](
             index_q, _pages(index_k, BLOCK), index_k_scale if by_page else found, found, plan.cu_seqlens_q,
             plan.positions, table, index_q.stride(0), index_q.stride(1), table_row,
             index_k_scale.stride(0) if by_page else 0, width, **lengths, D=DIM, SPAN=pad(span, 1), SCALED=by_page,
             DOT=triton_backend._product(index_q, index_k)["DOT"], STAGES=tuning.score_stages,
             **_launch(tuning.score_warps, plan),
         )  # fmt: skip
-        kernels.pick_step[(heads * plan.max_q, batch)](
+        hopper_pick.pick_step[(heads * plan.max_q, batch)](
             found, blocks, values if scores else found, plan.cu_seqlens_q, plan.positions, width, tokens, **lengths,
-            TOPK=plan.topk, TOPK_PAD=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
-            VALUES=scores, **_launch(min(8, max(1, chunk // tuning.pick_chunk)), plan),
+            TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
+            VALUES=scores, **_launch(min(16, max(1, chunk // tuning.pick_chunk)), plan),
         )  # fmt: skip
     if scores and index_k_scale is not None and not by_page:
         values *= index_k_scale
@@ -174,7 +174,7 @@ def _select_step(
 
 
 def _select_tiles(index_q: Tensor, index_k: Tensor, plan: Plan, scores: bool) -> tuple[Tensor, Tensor | None]:
-    from openm3.msa import hopper_select, triton_select
+    from openm3.msa import hopper_pick, hopper_select
 
     (tokens, heads, _), device, tuning = index_q.shape, index_q.device, TUNING
     strips = strips_of(plan, heads, TILE_ROWS, scores)
@@ -200,12 +200,12 @@ def _select_tiles(index_q: Tensor, index_k: Tensor, plan: Plan, scores: bool) ->
                 table, index_q.stride(0), index_q.stride(1), table_row, a, HEADS=heads, BLOCK=BLOCK, D=DIM, PER=per,
                 STAGES=tuning.tile_stages, num_warps=4,
             )  # fmt: skip
-            chunk = min(ROW_CHUNK, pad(widest))
-            triton_select.pick_blocks[((b - a) * strips.rows,)](
+            chunk = pad(widest, plan.topk)
+            hopper_pick.pick_rows[((b - a) * strips.rows,)](
                 found, blocks, values if scores else found, tiles.first, tiles.count, strips.base, strips.width,
-                plan.positions, tokens, a, strips.rows, HEADS=heads, BLOCK=BLOCK, TOPK=plan.topk, TOPK_PAD=plan.topk,
-                LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk, LONG=widest > chunk, VALUES=scores,
-                num_warps=min(8, max(1, chunk // 512)),
+                plan.positions, tokens, a, strips.rows, HEADS=heads, BLOCK=BLOCK, TOPK=plan.topk,
+                LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk, VALUES=scores,
+                num_warps=min(16, max(1, chunk // 1024)), maxnreg=128,
             )  # fmt: skip
     return blocks, values
 

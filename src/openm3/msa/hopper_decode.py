@@ -1,7 +1,7 @@
 """Decode on Hopper: a few query tokens a sequence over long paged caches, bound by the bytes it reads.
 
     score_step    every index key once, the context split over the card: each block's best score, [B, rows, blocks]
-    pick_step     the k best of each row
+    pick_step     the k best of each row (`hopper_pick.py`)
     attend_step   the selected blocks (or all blocks) of one KV head, split over the card
     combine_step  the parts of a split, joined by their log-sum-exp
 
@@ -14,32 +14,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from openm3.msa.triton_select import _place, _ranks, to_dot
+from openm3.msa.hopper_pick import enter, queries_of
+from openm3.msa.triton_select import to_dot
 
 INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-(2**31))
-FORCED = tl.constexpr(2**31 - 2)
-
-
-@triton.jit
-def enter(PDL: tl.constexpr):
-    """The next kernel may be set up; this one goes on when the one before it has written what it writes."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
-@triton.jit
-def queries_of(cu_q_ptr, seq, EACH: tl.constexpr):
-    """The first query token of a sequence and how many it has: EACH, or 0 where they differ."""
-    if EACH:
-        return seq * EACH, EACH
-    else:
-        first = tl.load(cu_q_ptr + seq)
-        return first, tl.load(cu_q_ptr + seq + 1) - first
 
 
 @triton.jit
@@ -84,48 +64,6 @@ def score_step(
         if SCALED:  # a scale is positive: it may wait until one score a block is left
             best *= tl.load(k_scale_ptr + page.to(tl.int64) * scale_page)
         tl.store(out + block, best, mask=real)
-
-
-@triton.jit(do_not_specialize=["width", "tokens"])
-def pick_step(
-    scores_ptr, blocks_ptr, values_ptr, cu_q_ptr, positions_ptr, width, tokens, EACH: tl.constexpr,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr,
-    LOCAL: tl.constexpr, INIT: tl.constexpr, CHUNK: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One row of at most CHUNK blocks: the TOPK best, ascending; ties to the lower one.
-
-    The rank of the last block to be taken is found by bisection. It starts near: each of TOPK_PAD groups of blocks has
-    one at least as good as the worst group's best, and none is better than the best of all.
-    """
-    enter(PDL)
-    seq, r = tl.program_id(1), tl.program_id(0)
-    first, count = queries_of(cu_q_ptr, seq, EACH)
-    if r < count * HEADS:
-        token = (first + r // HEADS).to(tl.int64)
-        seen = (tl.load(positions_ptr + token).to(tl.int32) + BLOCK) // BLOCK
-        row = scores_ptr + (seq * ROWS + r).to(tl.int64) * width
-        lane = tl.arange(0, CHUNK)
-        rank = _ranks(row, lane, seen, LOCAL, INIT)
-        low = tl.full([], LOWEST, tl.int32)
-        if seen > TOPK:
-            # At least TOPK blocks rank as high as `low`, at most TOPK as high as `high`.
-            low = tl.min(tl.max(tl.reshape(rank, [CHUNK // TOPK_PAD, TOPK_PAD]), 0), 0)
-            high = tl.max(tl.where(rank == FORCED, LOWEST, rank), 0) + 1
-            low = tl.minimum(low, high - 1)
-            middle = (low & high) + ((low ^ high) >> 1)
-            while middle != low:
-                count = tl.sum((rank >= middle).to(tl.int32), 0)
-                low = tl.where(count >= TOPK, middle, low)
-                high = tl.where(count > TOPK, high, middle)
-                middle = (low & high) + ((low ^ high) >> 1)
-        room = TOPK - tl.sum((rank > low).to(tl.int32), 0)
-        at = ((r % HEADS).to(tl.int64) * tokens + token) * TOPK
-        slots = tl.arange(0, TOPK_PAD)
-        none = (slots >= tl.minimum(seen, TOPK)) & (slots < TOPK)
-        tl.store(blocks_ptr + at + slots, tl.full([TOPK_PAD], -1, tl.int32), mask=none)
-        if VALUES:
-            tl.store(values_ptr + at + slots, tl.full([TOPK_PAD], -INF, tl.float32), mask=none)
-        _place(row, rank, lane, seen, low, room, 0, blocks_ptr + at, values_ptr + at, VALUES)
 
 
 @triton.jit(do_not_specialize=["table_row", "tokens"])
