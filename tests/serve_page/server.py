@@ -7,6 +7,7 @@ a server may do. It runs on the request's thread and is closed when the reader g
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ class PageServer(ThreadingHTTPServer):
         self.left = threading.Event()  # a reader has gone before its answer ended
         self.url = f"http://127.0.0.1:{self.server_port}/"
         threading.Thread(target=partial(self.serve_forever, poll_interval=0.05), daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a page that is closed hangs up on its files
+            super().handle_error(request, client_address)
 
     def stop(self) -> None:
         self.shutdown()

@@ -9,6 +9,11 @@ from .steps import EXAMPLES, answered, ask, attached, drop, shows, text_of
 
 PICTURE = (EXAMPLES / "shapes.png", "image/png")
 
+AT_END = """() => {
+    const box = document.querySelector("#scroll");
+    return box.scrollHeight - box.scrollTop - box.clientHeight < 2;
+}"""
+
 
 def echo(body):
     """Answers with the last question's text."""
@@ -348,21 +353,29 @@ def test_a_phone_has_no_sideways_scrolling_and_the_list_opens_and_closes(serve, 
     page.get_by_text("What would you like to know?").wait_for()
 
 
+def test_the_end_stays_in_view_where_the_conversation_grows_by_a_picture(serve, open_page):
+    page = open_page(serve(lambda body: iter([{"content": "Line\n\n" * 12}])))
+    for count in (1, 2):
+        drop(page, EXAMPLES / "star.mp4", "video/mp4")
+        drop(page, *PICTURE)
+        attached(page, 2)
+        ask(page, "Tell me")
+        answered(page, count)
+        page.wait_for_timeout(300)  # the pictures are there
+        assert page.evaluate(AT_END)
+
+
 def test_the_reader_may_scroll_up_while_an_answer_comes(serve, open_page):
     gate = Gate(*({"content": f"Line {i}\n\n"} for i in range(60)))
     page = open_page(serve(gate))
     ask(page, "Tell me")
     shows(page, "Line 59")
-    at_end = """() => {
-        const box = document.querySelector("#scroll");
-        return box.scrollHeight - box.scrollTop - box.clientHeight < 2;
-    }"""
-    page.wait_for_function(at_end)
+    page.wait_for_function(AT_END)
     page.locator("#scroll").hover()
     page.mouse.wheel(0, -400)
     page.get_by_role("button", name="To the end of the conversation").wait_for()
     gate.open.set()
     answered(page, 1)
-    assert not page.evaluate(at_end)
+    assert not page.evaluate(AT_END)
     page.get_by_role("button", name="To the end of the conversation").click()
-    page.wait_for_function(at_end)
+    page.wait_for_function(AT_END)

@@ -11,6 +11,7 @@ import { Sidebar } from "./sidebar.js";
 import { openStore, recall, remember } from "./store.js";
 
 const NEAR_BOTTOM = 60; // pixels
+const BY_HAND = 500; // ms after a touch of the reader's that a scroll is theirs
 const tab = newId();
 
 class App {
@@ -62,16 +63,7 @@ class App {
     addEventListener("keydown", (event) => this.key(event));
     addEventListener("pagehide", () => this.leave());
     addEventListener("pageshow", (event) => event.persisted && location.reload());
-    const scroller = byId("scroll");
-    this.follow = true;
-    scroller.addEventListener("scroll", () => {
-      this.follow = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_BOTTOM;
-      byId("to-bottom").hidden = this.follow;
-    });
-    byId("to-bottom").addEventListener("click", () => scroller.scrollTo({ top: scroller.scrollHeight, behavior: "smooth" }));
-    const observer = new ResizeObserver(() => this.follow && this.toBottom());
-    observer.observe(byId("thread"));
-    observer.observe(scroller);
+    this.followEnd();
     this.channel = new BroadcastChannel("openm3");
     this.channel.addEventListener("message", ({ data }) => this.hear(data));
     this.channel.postMessage({ kind: "hello" });
@@ -256,6 +248,29 @@ class App {
 
   // What is shown
 
+  /** The end of the conversation stays in view while it grows, until the reader scrolls away from it. */
+  followEnd() {
+    const scroller = byId("scroll");
+    const near = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_BOTTOM;
+    let touched = 0; // when the reader last did something that scrolls; the page itself scrolls too
+    for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+      scroller.addEventListener(kind, () => (touched = performance.now()), { passive: true });
+    }
+    scroller.addEventListener("pointermove", (event) => event.buttons && (touched = performance.now()), { passive: true });
+    const look = () => {
+      if (near()) this.follow = true;
+      else if (performance.now() - touched < BY_HAND) this.follow = false;
+      byId("to-bottom").hidden = this.follow;
+    };
+    scroller.addEventListener("scroll", look);
+    scroller.addEventListener("click", (event) => event.target.closest("summary") && (this.follow = false));
+    scroller.addEventListener("toggle", look, { capture: true });
+    byId("to-bottom").addEventListener("click", () => scroller.scrollTo({ top: scroller.scrollHeight, behavior: "smooth" }));
+    const observer = new ResizeObserver(() => this.follow && this.toBottom());
+    observer.observe(byId("thread"));
+    observer.observe(scroller);
+  }
+
   showThread() {
     const actions = {
       edit: (message) => this.composer.edit(message),
@@ -294,6 +309,7 @@ class App {
 
   toBottom() {
     this.follow = true;
+    byId("to-bottom").hidden = true;
     byId("scroll").scrollTop = byId("scroll").scrollHeight;
   }
 
@@ -330,9 +346,9 @@ class App {
     const again = () => this.loadModels().catch(() => {});
     const needsKey = error?.status === 401;
     byId("notice").hidden = !error;
-    byId("notice").replaceChildren(...(error ? [icon("missing"), h("span", {}, error.message),
-      h("button", { type: "button", class: "link", onclick: needsKey ? () => this.settings.open(this.chat, "key") : again },
-        needsKey ? "Enter a key" : "Try again")] : []));
+    const act = needsKey ? () => this.settings.open(this.chat, "key") : again;
+    const button = h("button", { type: "button", class: "link", onclick: act }, needsKey ? "Enter a key" : "Try again");
+    byId("notice").replaceChildren(icon("missing"), h("p", {}, error?.message ?? "", button));
   }
 
   /** The bundled model knows a small world; these lead into it. */

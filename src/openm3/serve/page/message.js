@@ -13,8 +13,9 @@ export class QuestionView {
     this.editButton = iconButton("pencil", "Edit this question", () => actions.edit(message));
     this.element = h("article", { class: "message question", "aria-label": "Your question" },
       message.media.length > 0 && h("div", { class: "thumbnails" }, message.media.map((item) => thumbnail(item, shelf))),
-      message.text && h("div", { class: "bubble" }, message.text),
-      h("div", { class: "actions" }, this.editButton, message.text && copyButton("Copy this question", () => message.text)));
+      h("div", { class: "line" },
+        message.text && h("div", { class: "bubble" }, message.text),
+        h("div", { class: "actions" }, this.editButton, message.text && copyButton("Copy this question", () => message.text))));
   }
 
   update({ last }) {
@@ -66,7 +67,7 @@ export class AnswerView {
     this.thinking.hidden = !thinking.trim();
     const underWay = running && !text && !calls.length;
     this.thinking.classList.toggle("active", Boolean(underWay));
-    this.summary.textContent = underWay ? "Thinking…" : thoughtMs ? `Thought for ${seconds(thoughtMs)}` : "Thought";
+    this.summary.textContent = underWay ? "Thinking…" : thoughtMs !== undefined ? `Thought for ${seconds(thoughtMs)}` : "Thought";
     if (thinking !== this.shownThinking) this.thought.textContent = thinking.trim();
     this.shownThinking = thinking;
   }
@@ -113,12 +114,9 @@ export class AnswerView {
     if (failed) this.note.setAttribute("role", "alert");
     else this.note.removeAttribute("role");
     const button = (label, run) => h("button", { type: "button", class: "link", onclick: run }, label);
-    this.note.replaceChildren(...[
-      failed && icon("missing"),
-      h("span", {}, text ?? ""),
+    this.note.replaceChildren(failed ? icon("missing") : "", h("p", {}, text ?? "",
       failed && status === 401 && button("Enter a key", this.actions.settings),
-      text && last && !elsewhere && finish !== "length" && button("Try again", this.actions.retry),
-    ].filter(Boolean));
+      text && last && !elsewhere && finish !== "length" && button("Try again", this.actions.retry)));
   }
 }
 
@@ -146,7 +144,7 @@ class CallView {
       this.element.append(h("div", { class: "outcome" }, h("span", {}, "Result"), h("pre", {}, pretty(result))));
     }
     if (this.open && !this.field) {
-      this.result = h("textarea", { rows: "1", placeholder: "What the tool gives back, text or JSON", spellcheck: "false" });
+      this.result = h("textarea", { rows: "1", placeholder: "Text or JSON", spellcheck: "false" });
       this.field = h("label", { class: "outcome" }, h("span", {}, "Result"), this.result);
       this.element.append(this.field);
     }

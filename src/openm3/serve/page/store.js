@@ -128,6 +128,7 @@ class Database {
       transaction.oncomplete = () => resolve();
       transaction.onerror = transaction.onabort = () => reject(transaction.error);
       act(transaction.objectStore(name));
+      transaction.commit(); // at once: a page that is closed now would take an open transaction with it
     });
   }
 
