@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def test_answers_are_those_of_the_model_in_process(service, llm):
     expected = LLM.chat(llm, HELLO, SHORT, thinking="disabled")
 
     async def work() -> list[Any]:
-        streams = await service.chat(HELLO, SHORT, n=3, thinking="disabled")
+        streams = await service.chat(HELLO, replace(SHORT, n=3), thinking="disabled")
         return await asyncio.gather(*map(text_of, streams))
 
     for text, end in run(work):
@@ -89,9 +90,9 @@ def test_a_cancelled_stream_ends_and_gives_its_pages_back(service):
 
 def test_too_many_requests_and_those_that_do_not_fit_are_refused(service):
     async def work() -> None:
-        streams = await service.chat(HELLO, LONG, n=7)
+        streams = await service.chat(HELLO, replace(LONG, n=7))
         with pytest.raises(Busy, match="at most 8"):
-            await service.chat(HELLO, SHORT, n=2)
+            await service.chat(HELLO, replace(SHORT, n=2))
         with pytest.raises(RequestError, match="max_position_embeddings"):
             await service.complete([[5] * 20_000], SHORT)
         with pytest.raises(RequestError, match="token 999999"):
@@ -157,7 +158,7 @@ def test_closing_cancels_what_is_under_way(llm):
 
 def test_readers_whose_loop_is_gone_hold_nothing(service):
     async def leave() -> None:
-        await service.chat(HELLO, LONG, n=4)
+        await service.chat(HELLO, replace(LONG, n=4))
 
     run(leave)
     end = time.monotonic() + 30

@@ -7,7 +7,6 @@ media, tokens) on threads beside it. What a request meets, a failed step include
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import queue
 import threading
@@ -17,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from openm3.engine.llm import LLM, _each
 from openm3.engine.output import Finish
 from openm3.engine.request import Grammar, Request, RequestError, SamplingParams, State
 from openm3.processing import ContentDelta, OutputParser, ThinkingDelta, ToolCall
 
 if TYPE_CHECKING:
-    from openm3.engine.llm import LLM
     from openm3.processing import Prompt
 
 Event = ThinkingDelta | ContentDelta | ToolCall | Finish
@@ -53,12 +52,15 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class Stats:
-    """The engine's state at one moment. pages_free: pages that hold nothing a running request needs."""
+    """The engine's state at one moment. pages_free: those that no running request needs, of which some are
+    remembered for a prompt that begins like an earlier one; preemptions: since the start."""
 
     running: int
     waiting: int
     pages: int
     pages_free: int
+    pages_remembered: int
+    preemptions: int
 
 
 class Stream:
@@ -202,7 +204,9 @@ class Service:
     def stats(self) -> Stats:
         """Queue and pages now; Unavailable before the model is loaded."""
         scheduler = self.llm.engine.scheduler
-        return Stats(len(scheduler.running), len(scheduler.waiting), scheduler.pool.num_pages, scheduler.pool.free)
+        pool = scheduler.pool
+        return Stats(len(scheduler.running), len(scheduler.waiting), pool.num_pages, pool.free, pool.remembered,
+                     scheduler.preemptions)  # fmt: skip
 
     async def drain(self, seconds: float | None = None) -> bool:
         """Takes no more requests and waits until those under way have ended; False if some have not after `seconds`."""
@@ -238,48 +242,46 @@ class Service:
         messages: list[dict[str, Any]],
         params: SamplingParams,
         *,
-        n: int = 1,
         tools: list[dict[str, Any]] | None = None,
         grammar: Grammar | None = None,
         priority: int = 0,
         **options: Any,
     ) -> list[Stream]:
-        """Answers a conversation n times, seeds counted up from `params.seed`; options: `Processor.prepare`'s.
+        """Answers a conversation `params.n` times; options: those of `Processor.prepare`.
 
         Raises Unavailable, Busy, RequestError for a prompt that does not fit, and the processor's ValueErrors.
         """
 
         def prepare(llm: LLM) -> list[tuple[Request, OutputParser | None]]:
             prompt = llm.processor.prepare(messages, tools=tools, **options)
-            requests = [llm._chat_request(prompt, p) for p in _seeded(params, n)]
+            requests = [llm._chat_request(prompt, p, grammar) for p in _each(params)]
             for request in requests:
-                request.grammar, request.thinking, request.priority = grammar, prompt.thinking, priority
+                request.priority = priority
             return [(request, OutputParser(tools, prompt.thinking)) for request in requests]
 
-        return await self._submit(prepare, n)
+        return await self._submit(prepare, params.n)
 
     async def complete(
         self,
         prompts: list[str | list[int]],
         params: SamplingParams,
         *,
-        n: int = 1,
         grammar: Grammar | None = None,
         priority: int = 0,
     ) -> list[Stream]:
-        """Continues each text, or list of token ids, n times, prompt by prompt.
+        """Continues each text, or list of token ids, `params.n` times, prompt by prompt.
 
         Raises Unavailable, Busy, and RequestError for a prompt that is empty, does not fit or has unknown ids.
         """
 
         def prepare(llm: LLM) -> list[tuple[Request, OutputParser | None]]:
             ids = [_ids(prompt, llm) for prompt in prompts]
-            requests = [llm._request(i, p) for i in ids for p in _seeded(params, n)]
+            requests = [llm._request(i, p, grammar=grammar) for i in ids for p in _each(params)]
             for request in requests:
-                request.grammar, request.priority = grammar, priority
+                request.priority = priority
             return [(request, None) for request in requests]
 
-        return await self._submit(prepare, len(prompts) * n)
+        return await self._submit(prepare, len(prompts) * params.n)
 
     async def _submit(self, prepare: Callable[[LLM], list[tuple[Request, Any]]], count: int) -> list[Stream]:
         llm = self.llm
@@ -418,12 +420,6 @@ def failure(error: Exception | None) -> Exception:
 def _deliver_all(batch: list[tuple[Stream, list[Event | BaseException]]]) -> None:
     for stream, events in batch:
         stream._deliver(events)
-
-
-def _seeded(params: SamplingParams, n: int) -> list[SamplingParams]:
-    if params.seed is None or n == 1:
-        return [params] * n
-    return [dataclasses.replace(params, seed=params.seed + i) for i in range(n)]
 
 
 def _ids(prompt: str | list[int], llm: LLM) -> list[int]:

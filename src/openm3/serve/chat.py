@@ -112,11 +112,12 @@ async def _submit(server: Server, body: ChatBody) -> list[Stream]:
         raise ApiError(400, "response_format and tools: one answer is held to one of them", param="response_format")
     messages, options = await server.media.resolve(body.messages)
     params = body.params(
+        n=body.n,
         max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         thinking_budget=body.thinking.budget_tokens if body.thinking else None,
     )
-    return await server.service.chat(messages, params, n=body.n, tools=tools, thinking=mode, grammar=shape or grammar,
+    return await server.service.chat(messages, params, tools=tools, thinking=mode, grammar=shape or grammar,
                                      priority=body.priority, **options)  # fmt: skip
 
 

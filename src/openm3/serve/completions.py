@@ -87,11 +87,12 @@ def _prompts(body: CompletionBody, server: Server) -> list[str | list[int]]:
 async def _submit(server: Server, body: CompletionBody, prompts: list[str | list[int]]) -> list[Stream]:
     grammar: Grammar | None = response_grammar(body.response_format) or structured_grammar(body.structured_outputs)
     params = body.params(
+        n=body.n,
         max_tokens=max(body.max_tokens, 1) if body.max_tokens is not None else None,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    return await server.service.complete(prompts, params, n=body.n, grammar=grammar, priority=body.priority)
+    return await server.service.complete(prompts, params, grammar=grammar, priority=body.priority)
 
 
 def _echoed(stream: Stream, server: Server) -> str:

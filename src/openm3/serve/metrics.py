@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from openm3.engine.service import Unavailable
 
@@ -81,5 +81,9 @@ class _Engine:
             ("openm3_requests_under_way", "Requests taken and not ended.", self._service.under_way),
             ("openm3_pages", "Pages of the cache.", stats.pages),
             ("openm3_pages_free", "Pages that no running request needs.", stats.pages_free),
-        ):
+            ("openm3_pages_remembered", "Of the free pages, those kept for prompts that begin the same.",
+             stats.pages_remembered),
+        ):  # fmt: skip
             yield GaugeMetricFamily(name, text, value=value)
+        text = "Times that a request lost its pages and was computed again."
+        yield CounterMetricFamily("openm3_preemptions", text, value=stats.preemptions)
