@@ -257,10 +257,10 @@ def chunk_problems() -> dict[str, Problem]:
 
 def attend_checks() -> Iterator[tuple[str, float, float]]:
     """Each tile its own way by the limit; all gathered; all united."""
-    for limit in (40, 0, 1 << 20):
-        hopper_backend.TUNING = replace(DEFAULT, union_limit=limit)
+    for union in (2.5, 0, 8):
+        hopper_backend.TUNING = replace(DEFAULT, union=union)
         for name, problem in chunk_problems().items():
-            yield from check_attention(f"{name}, unions of up to {limit}", problem)
+            yield from check_attention(f"{name}, unions of up to {union} top-k", problem)
     hopper_backend.TUNING = DEFAULT
 
 
@@ -287,7 +287,7 @@ JOBS: dict[str, Job] = {
         partial(chunk_parts, "attend"),
         (
             {}, dict(gather_chunk=16), dict(gather_chunk=64), dict(gather_stages=1), dict(gather_queries=8),
-            dict(union_limit=0), dict(union_limit=24), dict(union_limit=64), dict(union_limit=256),
+            dict(union=0), dict(union=1.5), dict(union=4), dict(union=8),
         ),
     ),
     "dense": Job(

@@ -60,8 +60,8 @@ def attend(module, t, blocks, plan, *scales):
 
 @pytest.mark.parametrize("seed", range(200))
 def test_a_random_problem_is_solved_as_the_definition_says(seed, monkeypatch):
-    limit = (40, 0, 1 << 20)[seed % 3]  # unions and gathers, gathers only, unions only
-    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, union_limit=limit))
+    union = (2.5, 0, 8)[seed % 3]  # unions and gathers, gathers only, unions only
+    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, union=union))
     case = random_case(seed)
     t, plan = on_gpu(case.but(integers=True))
     wanted, scores = reference.select_blocks(t.index_q, t.index_k, plan)

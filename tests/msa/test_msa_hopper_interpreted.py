@@ -161,10 +161,10 @@ def agreeing(case, plan):
     return blocks
 
 
-@pytest.mark.parametrize("limit", [0, 9, 64])
-def test_each_tile_goes_its_own_way_to_the_same_result(limit, monkeypatch):
+@pytest.mark.parametrize("union", [0, 1.125, 8])
+def test_each_tile_goes_its_own_way_to_the_same_result(union, monkeypatch):
     monkeypatch.setattr(hopper_backend, "_attend_tiles", united_by_the_portable_kernel)
-    tuning = replace(hopper_backend.TUNING, union_limit=limit, gather_chunk=8)
+    tuning = replace(hopper_backend.TUNING, union=union, gather_chunk=8)
     monkeypatch.setattr(hopper_backend, "TUNING", tuning)
     t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
     assert_close(t, agreeing(PROMPT, plan), plan)
@@ -184,7 +184,7 @@ def test_a_prompt_in_pieces_under_a_small_workspace(monkeypatch):
 
 
 def test_a_page_that_two_sequences_share_is_read_for_both(monkeypatch):
-    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, union_limit=0))
+    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, union=0))
     t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
     plan.page_table[1, 0] = plan.page_table[0, 0]
     assert_close(t, random_blocks(PROMPT, plan, 1), plan)

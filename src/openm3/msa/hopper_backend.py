@@ -50,7 +50,7 @@ class Tuning:
     attend_waves: int = 2
     tile_stages: int = 4
     tile_blocks: int = 64  # that one program scores
-    union_limit: int = 40  # blocks of a tile's union, above which its queries are gathered
+    union: float = 2.5  # times top-k blocks in a tile's union, above which its queries are gathered
     union_stages: int = 2
     gather_queries: int = 4  # that pass a page at a time
     gather_chunk: int = 32  # queries of one program
@@ -132,7 +132,7 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """Without `scores`, queries that see no more blocks than they may select may take all of them, unscored."""
     heads = index_q.shape[1]
-    rows, width = pad(heads * plan.max_q), -(-plan.max_k // BLOCK)
+    rows, width = pad(heads * plan.max_q), max(1, -(-plan.max_k // BLOCK))
     if _is_step(plan) and 4 * len(plan.lens_q) * rows * width <= plan.workspace_bytes:
         return _select_step(index_q, index_k, plan, index_k_scale, scores, rows, width)
     if width <= MOST_BLOCKS and index_k.dtype == index_q.dtype and not triton_backend._interpreted():
@@ -322,6 +322,7 @@ def _attend_prompt(
     query_bytes = (heads // hkv) * plan.topk * (DIM * q.itemsize + 4) + index_heads * plan.topk * 64
     most = max(UNITED, plan.workspace_bytes // query_bytes // UNITED * UNITED)
     tiles, pieces = once(plan, ("pieces", most), lambda: _pieces(plan, most))
+    limit = int(TUNING.union * plan.topk)
     for a, n, lo, hi, tile_of in pieces:
         lists = torch.empty(n, index_heads, UNITED * plan.topk, dtype=torch.int32, device=device)
         lengths = torch.empty(n, index_heads, dtype=torch.int32, device=device)
@@ -330,11 +331,10 @@ def _attend_prompt(
                 blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=UNITED, TOPK=plan.topk,
                 TOPK_PAD=plan.topk, num_warps=max(1, min(8, UNITED * plan.topk // 32)),
             )  # fmt: skip
-        gathered = lengths > TUNING.union_limit
-        lengths.masked_fill_(gathered, -1)
-        if TUNING.union_limit > 0:
+        lengths.masked_fill_(lengths > limit, -1)
+        if limit > 0:
             _attend_tiles(q, k, v, plan, softmax_scale, tiles, a, n, lists, lengths, out, lse)
-        if TUNING.union_limit < UNITED * plan.topk:
+        if limit < UNITED * plan.topk:
             _gather(q, k, v, blocks, plan, softmax_scale, lo, hi, tile_of, lengths, out, lse)
     return out, lse
 
@@ -351,10 +351,10 @@ def _gather(
     chosen = blocks[:, lo:hi]  # [Hi, n, topk]
     wanted = (chosen >= 0) & (lengths[tile_of.long()].T < 0)[..., None]
     pages = plan.page_table[plan.seq_ids[lo:hi, None], chosen.clamp_min(0).long()]
-    pages = torch.where(wanted, pages, kernels.NOWHERE).flatten(1)
+    pages = torch.where(wanted, pages, len(k)).flatten(1)
     entries = pages.shape[1]
     chunks = entries // tuning.gather_chunk + min(entries, sum(-(-n // BLOCK) for n in plan.lens_k))
-    keys, order, starts = kernels.by_page(pages, tuning.gather_chunk, chunks)
+    keys, order, starts = kernels.by_page(pages, len(k), tuning.gather_chunk, chunks)
     part = torch.empty(hi - lo, group, plan.topk, DIM, dtype=q.dtype, device=q.device)
     part_lse = torch.empty(part.shape[:3], dtype=torch.float32, device=q.device)
     k_map, v_map = _pages(k, BLOCK), _pages(v, BLOCK)

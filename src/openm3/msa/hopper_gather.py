@@ -15,21 +15,24 @@ from torch import Tensor
 
 INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
-NOWHERE = 2**31 - 1
 
 
-def by_page(pages: Tensor, chunk: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """int32 [Hi, E] pages (NOWHERE: left out) -> in order, whence each came int64 [Hi, E], and where chunks begin.
+def by_page(pages: Tensor, pool: int, chunk: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int32 [Hi, E] pages below `pool`, or `pool` for none -> in order, whence each came int64 [Hi, E], chunks.
 
-    A chunk is at most `chunk` entries of one page; its beginnings are int64 [Hi, `most` + 1], E behind the last one.
+    A chunk is at most `chunk` entries of one page; where each begins is int64 [Hi, `most` + 1], E behind the last one.
     """
-    keys, order = pages.sort(dim=1, stable=True)
-    entries = keys.shape[1]
+    heads, entries = pages.shape
+    head = torch.arange(heads, device=pages.device)[:, None]
+    # One long sort: each head's pages in a range of their own.
+    keys, order = (pages + (head * (pool + 1)).to(pages.dtype)).flatten().sort(stable=True)
+    keys = keys.view(heads, entries) - (head * (pool + 1)).to(pages.dtype)
+    order = order.view(heads, entries) - head * entries
     nth = torch.arange(entries, device=keys.device).expand_as(keys)
     fresh = torch.ones_like(keys, dtype=torch.bool)
     fresh[:, 1:] = keys[:, 1:] != keys[:, :-1]
     since = nth - torch.where(fresh, nth, 0).cummax(dim=1).values
-    begins = (since % chunk == 0) & (keys != NOWHERE)
+    begins = (since % chunk == 0) & (keys != pool)
     slot = torch.where(begins, begins.cumsum(1) - 1, most)
     starts = torch.full((len(keys), most + 1), entries, dtype=torch.int64, device=keys.device)
     starts.scatter_(1, slot, torch.where(begins, nth, entries))
