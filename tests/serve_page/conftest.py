@@ -12,6 +12,7 @@ import pytest
 from .server import Answer, PageServer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []  # Chromium's sandbox refuses root
 
 
 @pytest.fixture(scope="package")
@@ -19,9 +20,8 @@ def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
-    args = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@contextmanager
+def openm3_serve(log: Path) -> Iterator[str]:
+    """`openm3 serve` on a free port, ready; its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with log.open("w") as out:
+        server = subprocess.Popen([sys.executable, "-m", "openm3.cli", "serve", "--port", port], stderr=out)
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            try:
+                with urlopen(f"{url}ready", timeout=5):
+                    break
+            except URLError:  # not listening yet, or 503 while it loads
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        assert server.wait(20) == 0, log.read_text()
+
+
+def greedy(page: Any) -> None:
+    """Sets the open conversation's temperature to 0."""
+    page.locator("#open-settings").evaluate("button => button.click()")  # on a phone it lies in the closed list
+    page.get_by_role("spinbutton", name="Temperature").fill("0")
+    page.get_by_role("button", name="Save").click()
 
 
 def ask(page: Any, text: str) -> None:

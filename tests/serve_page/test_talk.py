@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
-from urllib.error import URLError
-from urllib.request import urlopen
-
 import pytest
 
-from .steps import EXAMPLES, answered, ask, attached, drop, paste, text_of
+from .steps import EXAMPLES, answered, ask, attached, drop, greedy, openm3_serve, paste, text_of
 
 
 @pytest.fixture(scope="module")
 def url(browser, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with log.open("w") as out:
-        server = subprocess.Popen([sys.executable, "-m", "openm3.cli", "serve", "--port", port], stderr=out)
-    url = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(600):
-            assert server.poll() is None, log.read_text()
-            try:
-                with urlopen(f"{url}ready", timeout=5):
-                    break
-            except URLError:  # not listening yet, or 503 while it loads
-                time.sleep(0.1)
+    with openm3_serve(tmp_path_factory.mktemp("serve") / "log") as url:
         yield url
-    finally:
-        server.terminate()
-        assert server.wait(20) == 0, log.read_text()
 
 
 def visit(open_page, url):
@@ -42,9 +18,7 @@ def visit(open_page, url):
     page = open_page(url)
     bodies = []
     page.on("request", lambda r: bodies.append(r.post_data_json) if r.method == "POST" else None)
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Temperature").fill("0")
-    page.get_by_role("button", name="Save").click()
+    greedy(page)
     return page, bodies
 
 

@@ -42,6 +42,7 @@ class App {
     this.listen();
     if (!this.store.lasting) toast("This browser keeps nothing: conversations are gone when the page closes.");
     this.loadModels().catch(() => {});
+    this.composer.focus();
     document.body.classList.add("ready");
   }
 
@@ -102,7 +103,7 @@ class App {
   newChat() {
     this.sidebar.toggle(false);
     this.open(this.blankChat());
-    this.composer.box.focus();
+    this.composer.focus();
   }
 
   async open(chat, asStep = true) {
@@ -229,7 +230,7 @@ class App {
       await this.store.saveMessage(message).catch((error) => this.unsaved(error));
     }
     this.answer();
-    this.composer.box.focus();
+    this.composer.focus();
   }
 
   editLast() {
@@ -301,7 +302,7 @@ class App {
     const busy = new Set([...this.runs.keys(), ...[...this.elsewhere.values()].flat()]);
     this.sidebar.show(this.chats, this.chat, busy);
     this.composer.setRunning(Boolean(this.run));
-    byId("title").textContent = this.chat.started ? this.chat.title : "";
+    byId("title").textContent = this.chat.title;
     document.title = this.chat.started ? `${short(this.chat.title, 60)} · openm3` : "openm3";
     byId("welcome").hidden = this.thread.length > 0;
     byId("main").classList.toggle("blank", !this.thread.length);

@@ -6,6 +6,7 @@ import { filesOf, MediaError, readFile, thumbnail } from "./media.js";
 import { remember } from "./store.js";
 
 const SAVE_AFTER = 300; // ms without a key
+const onTouchScreen = () => matchMedia("(pointer: coarse)").matches;
 
 export class Composer {
   /** actions: {send({text, media, edited}), stop(), editLast(), changed(chat)}; edited is the question that is replaced. */
@@ -53,6 +54,11 @@ export class Composer {
     this.fit();
   }
 
+  /** Where there is no touch screen, whose keyboard would cover the page. */
+  focus() {
+    if (!onTouchScreen()) this.box.focus();
+  }
+
   setRunning(running) {
     this.running = running;
     this.refresh();
@@ -90,8 +96,8 @@ export class Composer {
 
   key(event) {
     if (event.isComposing) return;
-    const touch = matchMedia("(pointer: coarse)").matches; // there, return begins a new line and the button sends
-    if (event.key === "Enter" && !event.shiftKey && (!touch || event.ctrlKey || event.metaKey)) {
+    // On a touch screen return begins a new line, and the button sends.
+    if (event.key === "Enter" && !event.shiftKey && (!onTouchScreen() || event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       this.submit();
     } else if (event.key === "Escape" && this.edited) {
@@ -169,7 +175,7 @@ export class Composer {
       this.reading--;
       this.refresh();
     }
-    if (this.chat === chat) this.box.focus();
+    if (this.chat === chat) this.focus();
   }
 
   attach({ id, kind, name }) {
@@ -190,7 +196,7 @@ export class Composer {
     announce(`${item.name} removed`);
     this.refresh();
     this.keepDraft();
-    this.box.focus();
+    this.focus();
   }
 
   refresh() {

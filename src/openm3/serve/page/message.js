@@ -104,8 +104,8 @@ export class AnswerView {
     else if (state === "failed") text = error;
     else if (state === "stopped") text = "Stopped.";
     else if (state === "streaming" && !running) text = "This answer was interrupted when the page closed.";
-    else if (state === "done" && !message.text && !message.calls.length) text = "The model gave no answer.";
     else if (finish === "length") text = "Cut off: the longest answer allowed is reached.";
+    else if (state === "done" && !message.text && !message.calls.length) text = "The model gave no answer.";
     const failed = state === "failed" && !elsewhere;
     if (this.shownNote === `${text} ${last}`) return;
     this.shownNote = `${text} ${last}`;
