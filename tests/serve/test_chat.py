@@ -142,3 +142,104 @@ def test_the_models_are_listed(client):
     assert client.models.retrieve("alias").max_model_len == 12288
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-9")
+
+
+# -- what the answer is held to --------------------------------------------------------------------------------------
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "things", "schema": SCHEMA, "strict": True}}
+WILD = {"model": "openm3-nano", "temperature": 2, "top_p": 1, "max_tokens": 400}
+
+
+@pytest.mark.parametrize("mode", ["enabled", "adaptive", "disabled"])
+def test_an_answer_fits_its_schema_in_every_mode(client, mode):
+    options = {"extra_body": {"thinking": {"type": mode, "budget_tokens": 20}, "top_k": 0}, "seed": 4}
+    answer = client.chat.completions.create(**WILD, messages=SUM, response_format=FORMAT, **options)
+    choice = answer.choices[0]
+    found = json.loads(choice.message.content)
+    assert set(found) == {"colour", "count"}
+    assert found["colour"] in ("red", "blue")
+    assert found["count"] in range(10)
+    assert choice.finish_reason == "stop"
+    assert hasattr(choice.message, "reasoning_content") is (mode == "enabled") or mode == "adaptive"
+
+
+def test_a_choice_a_regex_and_any_object_are_kept_to(client):
+    def ask(**more) -> str:
+        return client.chat.completions.create(**WILD, messages=SUM, reasoning_effort="none", seed=1, **more).choices[
+            0
+        ].message.content  # fmt: skip
+
+    assert ask(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}) in ("yes", "no")
+    assert ask(extra_body={"structured_outputs": {"regex": "[A-C]{3}-[0-9]{2}"}})[3] == "-"
+    assert isinstance(json.loads(ask(response_format=FORMAT)), dict)
+    with pytest.raises(openai.BadRequestError, match="one of json, regex and choice"):
+        ask(extra_body={"structured_outputs": {}})
+    with pytest.raises(openai.BadRequestError, match="grammar"):
+        ask(extra_body={"structured_outputs": {"regex": "("}})
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize("effort", ["none", "medium"])
+def test_a_call_that_must_come_comes(client, choice, effort):
+    answer = client.chat.completions.create(
+        model="openm3-nano", messages=[{"role": "user", "content": "Hello!"}], tools=[WEATHER], tool_choice=choice,
+        reasoning_effort=effort, max_tokens=300, seed=2, parallel_tool_calls=False,
+    )  # fmt: skip
+    [call] = answer.choices[0].message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "get_weather"
+    assert isinstance(arguments["city"], str)
+    assert arguments.get("unit", "celsius") in ("celsius", "fahrenheit")
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_no_call_comes_where_none_is_wanted(client):
+    question = [{"role": "user", "content": ASK_WEATHER}]
+    answer = client.chat.completions.create(**NANO, messages=question, tools=[WEATHER], tool_choice="none",
+                                            max_tokens=60)  # fmt: skip
+    assert answer.choices[0].message.tool_calls is None
+
+
+def test_thinking_ends_at_its_budget(client):
+    def thought(budget: int) -> int:
+        answer = client.chat.completions.create(
+            **NANO, messages=SUM, extra_body={"thinking": {"type": "enabled", "budget_tokens": budget}}
+        )
+        assert answer.choices[0].message.content
+        return answer.usage.completion_tokens_details.reasoning_tokens
+
+    assert thought(5) <= 6 < thought(500)
+
+
+def test_logprobs_are_those_of_the_content(client):
+    options = NANO | {"messages": SUM, "reasoning_effort": "none", "logprobs": True, "top_logprobs": 3}
+    choice = client.chat.completions.create(**options).choices[0]
+    tokens = choice.logprobs.content
+    assert "".join(token.token for token in tokens) == choice.message.content
+    for token in tokens:
+        assert token.logprob <= 0
+        assert token.top_logprobs[0].token == token.token  # greedy
+        assert [t.logprob for t in token.top_logprobs] == sorted((t.logprob for t in token.top_logprobs), reverse=True)
+    streamed = [token for chunk in client.chat.completions.create(**options, stream=True)
+                if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]  # fmt: skip
+    assert [token.token for token in streamed] == [token.token for token in tokens]
+
+
+def test_bias_and_penalties_are_heard(client, llm):
+    ids = {llm.processor.tokenizer.encode("4")[0]: -100}
+    answer = client.chat.completions.create(**NANO, messages=SUM, reasoning_effort="none", logit_bias=ids)
+    assert "4" not in answer.choices[0].message.content
+
+
+def test_a_second_turn_reuses_the_first(client):
+    talk = [{"role": "user", "content": "Some words to remember, one after the other. " * 12}]
+    first = client.chat.completions.create(**NANO, messages=talk, max_tokens=8, reasoning_effort="none")
+    talk += [first.choices[0].message.model_dump(exclude_none=True), {"role": "user", "content": "And now?"}]
+    second = client.chat.completions.create(**NANO, messages=talk, max_tokens=2, reasoning_effort="none")
+    assert second.usage.prompt_tokens_details.cached_tokens > 0.8 * first.usage.prompt_tokens

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import openai
 import pytest
+
+from openm3.engine import SamplingParams
 
 NANO = {"model": "openm3-nano", "temperature": 0}
 TEXT = "The colour of the"
@@ -48,3 +52,39 @@ def test_a_mistake_is_told(client, change, said):
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**({**NANO, "prompt": TEXT} | change))
     assert said in caught.value.body["message"]
+
+
+def test_an_echoed_text_is_scored_as_lm_eval_reads_it(client, llm):
+    ids = llm.processor.tokenizer.encode(TEXT)
+    scored = client.completions.create(**NANO, prompt=[ids], max_tokens=1, logprobs=1, echo=True, seed=1).choices[0]
+    logprobs = scored.logprobs
+    count = len(ids) + 1
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == count
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.top_logprobs[0] is None
+    assert "".join(logprobs.tokens) == scored.text
+    assert [scored.text[start:][: len(token)] for start, token in zip(logprobs.text_offset, logprobs.tokens)] == (
+        logprobs.tokens
+    )
+    [own] = llm.generate(TEXT, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, logprobs=1))
+    expected = [record.logprob for record in (*own.prompt_logprobs[1:], *own.logprobs)]
+    assert logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    best = [max(top, key=top.get) for top in logprobs.top_logprobs[1:]]
+    assert best[-1] == logprobs.tokens[-1]  # greedy
+    alone = client.completions.create(**NANO, prompt=[ids], max_tokens=0, logprobs=1, echo=True).choices[0]
+    assert alone.logprobs.token_logprobs[1:] == pytest.approx(expected[:-1], abs=1e-4)
+
+
+def test_streamed_logprobs_are_those_of_the_whole_answer(client):
+    options = NANO | {"prompt": TEXT, "max_tokens": 8, "logprobs": 2}
+    whole = client.completions.create(**options).choices[0].logprobs
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**options, stream=True)]
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        assert list(chain(*(getattr(chunk, name) for chunk in chunks))) == getattr(whole, name)
+
+
+def test_an_answer_is_held_to_a_choice(client):
+    answer = client.completions.create(
+        **NANO, prompt=TEXT, extra_body={"structured_outputs": {"choice": ["cat", "dog"]}}
+    )
+    assert answer.choices[0].text in ("cat", "dog")

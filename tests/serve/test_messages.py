@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 
 import anthropic
 import pytest
@@ -94,3 +95,15 @@ def test_a_mistake_is_told_in_anthropics_shape(claude, change, kind, said):
     assert (body["type"], body["error"]["type"]) == ("error", kind)
     assert said in body["error"]["message"]
     assert caught.value.request_id == body["request_id"]
+
+
+def test_a_call_that_must_come_comes_and_an_answer_fits_its_schema(claude):
+    greeting = [{"role": "user", "content": "Hello!"}]
+    must = claude.messages.create(**NANO, messages=greeting, tools=[TOOL], tool_choice={"type": "any"})
+    assert must.stop_reason == "tool_use"
+    assert isinstance(must.content[-1].input["city"], str)
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+              "additionalProperties": False}  # fmt: skip
+    shape = {"format": {"type": "json_schema", "schema": schema}}
+    answer = claude.messages.create(**NANO, messages=greeting, output_config=shape, thinking=DISABLED)
+    assert json.loads(answer.content[0].text)["ok"] in (True, False)
