@@ -91,6 +91,21 @@ def test_a_retry_replaces_the_last_answer_only(serve, open_page):
     assert server.requests[1]["messages"] == server.requests[2]["messages"]
 
 
+def test_a_retry_that_fails_brings_the_answer_back(serve, open_page):
+    answers = iter([[{"content": "A good answer"}], [Refused(503, "the server is closing")], [{"content": "Another"}]])
+    page = open_page(serve(lambda body: iter(next(answers))))
+    ask(page, "Hello")
+    answered(page, 1)
+    again = page.get_by_role("button", name="Answer again")
+    again.click()
+    page.get_by_text("the server is closing").wait_for()
+    assert text_of(answered(page, 1)) == "A good answer"
+    page.reload()
+    assert text_of(answered(page, 1)) == "A good answer"
+    again.click()
+    shows(page, "Another")
+
+
 def test_the_last_question_can_be_edited_with_its_picture(serve, open_page):
     server = serve(echo)
     page = open_page(server)

@@ -166,10 +166,7 @@ class App {
 
   async send({ text, media, edited }) {
     const { chat, thread } = this;
-    if (edited) {
-      await this.store.cut(chat.id, edited.seq);
-      thread.length = edited.seq;
-    }
+    if (edited) thread.length = edited.seq;
     const message = { chat: chat.id, seq: thread.length, role: "user", text, media };
     thread.push(message);
     if (!chat.named && message.seq === 0) chat.title = titleOf(message);
@@ -178,8 +175,9 @@ class App {
       history.replaceState(null, "", `#/${chat.id}`);
     }
     await this.store.saveMessage(message).catch((error) => this.unsaved(error));
+    if (edited) await this.store.cut(chat.id, thread.length); // only now, when the new question is safe
     if (edited) this.sweep(chat, thread);
-    this.answer();
+    this.answer(chat, thread);
   }
 
   /** Pictures of a question that was replaced are no one's any more. */
@@ -188,9 +186,8 @@ class App {
     this.store.sweep(chat.id, kept).catch(() => {});
   }
 
-  /** Answers the open conversation as it stands. */
-  async answer() {
-    const { chat, thread } = this;
+  /** Answers a conversation as it stands. replaced: its last answer until now, which a failure brings back. */
+  async answer(chat, thread, replaced) {
     thread.push(newAnswer(chat, thread.length));
     const run = new Run({
       chat, thread, store: this.store, shelf: this.shelf, key: recall("key"),
@@ -202,13 +199,16 @@ class App {
     chat.updated = Date.now();
     this.chats.sort((a, b) => b.updated - a.updated);
     this.saveChat(chat);
-    this.showThread();
-    this.toBottom();
+    if (chat === this.chat) {
+      this.showThread();
+      this.toBottom();
+    }
     this.refresh();
     announce("Answering");
     this.tellRunning(chat);
     await run.finished();
     this.runs.delete(chat.id);
+    if (replaced?.text && run.came === 0) await this.bringBack(thread, replaced, run.message.error);
     if (chat === this.chat) {
       this.updateViews();
       announceAnswer(run.message);
@@ -218,18 +218,25 @@ class App {
   }
 
   retry() {
-    if (this.run) return;
-    this.thread.pop();
-    this.answer();
+    if (!this.run) this.answer(this.chat, this.thread, this.thread.pop());
+  }
+
+  /** An answer is only ever replaced by another one. */
+  async bringBack(thread, message, error) {
+    thread[thread.length - 1] = message;
+    if (error) toast(error);
+    await this.store.saveMessage(message).catch((problem) => this.unsaved(problem));
+    if (thread === this.thread) this.showThread();
   }
 
   async answerCalls(results) {
+    const { chat, thread } = this;
     for (const result of results) {
-      const message = { chat: this.chat.id, seq: this.thread.length, role: "tool", ...result };
-      this.thread.push(message);
+      const message = { chat: chat.id, seq: thread.length, role: "tool", ...result };
+      thread.push(message);
       await this.store.saveMessage(message).catch((error) => this.unsaved(error));
     }
-    this.answer();
+    this.answer(chat, thread);
     this.composer.focus();
   }
 

@@ -92,6 +92,8 @@ export class AnswerView {
       event.preventDefault();
       const empty = open.find((view) => !view.result.value.trim());
       if (empty) return empty.result.focus();
+      if (this.sent) return;
+      this.sent = true; // a second Enter sends nothing twice
       this.actions.answerCalls(open.map((view) => ({ call: view.call.id, text: view.result.value.trim() })));
     };
   }

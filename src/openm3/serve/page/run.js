@@ -27,6 +27,7 @@ export class Run {
     this.message = thread.at(-1);
     this.abort = new AbortController();
     this.started = performance.now();
+    this.came = 0; // pieces of the answer
   }
 
   stop() {
@@ -78,6 +79,7 @@ export class Run {
     if (!choice) return;
     if (choice.finish_reason) message.finish = choice.finish_reason;
     const { content, reasoning_content: thinking, tool_calls: calls } = choice.delta ?? {};
+    if (content || thinking || calls?.length) this.came++;
     if (thinking) {
       this.thinkingSince ??= performance.now();
       message.thinking += thinking;
