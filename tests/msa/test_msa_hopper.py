@@ -1,4 +1,4 @@
-"""The Hopper backend on a machine without a GPU: its kernels in the interpreter, compiled for sm_90, its refusals."""
+"""The Hopper backend on a machine without a GPU: its kernels interpreted or emulated, compiled for sm_90, its refusals."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 STEP = Case((1, 1), (4096, 2000), hkv=4, group=16, hi=4, d=128, di=128, block=128, topk=16, dtype=BF16)
 
 
-def test_the_kernels_in_tritons_interpreter():
+@pytest.mark.parametrize("file", ["test_msa_hopper_interpreted.py", "test_msa_hopper_emulated.py"])
+def test_the_kernels_on_a_cpu(file):
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
-    command.append("test_msa_hopper_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", file]
     run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert "passed" in run.stdout
