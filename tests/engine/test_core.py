@@ -1,12 +1,15 @@
 """The engine's loop with a fake model: endings, faults inside a step, interrupts at any line."""
 
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from openm3.engine import core
 from openm3.engine.core import Engine
 from openm3.engine.output import TextOutput
 from openm3.engine.request import Request, SamplingParams, State
@@ -148,31 +151,36 @@ class Small(FakeRunner):
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self.most, self.sizes = most, []
+        self.most, self.refused = most, 0
 
     def run(self, batch):
-        self.sizes.append(batch.tokens)
         if batch.tokens > self.most:
+            self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().run(batch)
 
 
-def test_out_of_memory_is_tried_again_smaller():
+def test_out_of_memory_is_tried_again_smaller_and_remembered_for_a_while(monkeypatch):
+    monkeypatch.setattr(core, "RECOVERY_STEPS", 30)
     engine = Engine(Small(5), num_pages=64, page_size=4, max_batch_tokens=64)
     requests = [make_request([*range(50)], 6), make_request([9] * 30, 6), make_request([1], 12)]
     for request in requests:
         engine.add(request)
     run(engine)
     assert [r.output_ids for r in requests] == [answer(r.prompt_ids, r.max_tokens) for r in requests]
+    engine.runner.refused = 0
     late = make_request([*range(50, 1, -1)], 2)
-    stream = make_request([2], 40)
-    engine.add(stream)
-    engine.step()
-    engine.runner.sizes.clear()
     engine.add(late)
     run(engine)
     assert late.output_ids == answer(late.prompt_ids, 2)
-    assert max(engine.runner.sizes) <= 16 + 1  # what was learned is remembered
+    assert engine.runner.refused == 0
+    engine.runner.most = 64
+    for request in (make_request([5], 90), make_request([*range(2, 60)], 1)):
+        engine.add(request)
+        steps = 0
+        while engine.step():
+            steps += 1
+    assert steps <= 4  # the limit has grown again: 58 tokens in a few steps
 
 
 def test_where_even_one_page_has_no_room_the_request_is_refused():
@@ -207,6 +215,26 @@ class NotNumbers(FakeRunner):
         logits = super().run(batch)
         logits[[r.prompt_ids[0] == 3 for r in batch.sampling]] = float("nan")
         return logits
+
+
+class BadGuide:
+    def apply(self, line, output_ids):
+        if len(output_ids) == 2:
+            raise RuntimeError("no token fits")
+
+    def ended(self, output_ids):
+        return False
+
+
+def test_an_error_in_a_grammar_fails_its_request_alone():
+    engine = make_engine()
+    bad, good = make_request([1, 2], 6), make_request([3, 2], 6)
+    bad.guide = BadGuide()
+    engine.add(bad)
+    engine.add(good)
+    run(engine)
+    assert (str(bad.error), bad.generated) == ("no token fits", 2)
+    assert good.output_ids == answer([3, 2], 6)
 
 
 def test_logits_that_are_not_numbers_fail_their_request_alone():
@@ -297,6 +325,86 @@ def test_log_probabilities_are_those_of_the_logits_before_any_change():
         assert record.logprob == pytest.approx((likeliest == 7) - total)
         assert record.top[0] == (likeliest, pytest.approx(1 - total))
         assert len(record.top) == 2
+
+
+class Unreliable(FakeRunner):
+    """Fails where it is told to: `next` for the next call, `bad` for whoever begins with these tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.next: BaseException | None = None
+        self.bad: set[int] = set()
+        self.most = 99
+
+    def run(self, batch):
+        error, self.next = self.next, None
+        if error is not None:
+            raise error
+        if any(c.request.prompt_ids[0] in self.bad for c in batch.chunks):
+            raise ValueError("bad")
+        if batch.tokens > self.most:
+            raise RuntimeError("can't allocate memory")
+        return super().run(batch)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Arrivals, cancels, deadlines, errors, interrupts and shortages of memory in any order."""
+
+    @initialize(pages=st.integers(3, 12), budget=st.integers(2, 12))
+    def start(self, pages, budget):
+        self.now = 0.0
+        self.runner = Unreliable()
+        self.engine = Engine(self.runner, num_pages=pages, page_size=4, max_batch_tokens=budget, clock=lambda: self.now)
+        self.requests: list[Request] = []
+
+    @rule(first=st.integers(0, 5), length=st.integers(1, 9), n=st.integers(1, 8), priority=st.integers(0, 1),
+          lives=st.none() | st.integers(1, 9))  # fmt: skip
+    def arrive(self, first, length, n, priority, lives):
+        n = min(n, self.engine.scheduler.capacity - length)
+        request = make_request([first, *range(length - 1)], n)
+        request.priority, request.deadline = priority, None if lives is None else self.now + lives
+        self.engine.add(request)
+        self.requests.append(request)
+
+    @rule(pick=st.integers(0, 99))
+    def cancel(self, pick):
+        if self.requests:
+            self.engine.cancel(self.requests[pick % len(self.requests)])
+
+    @rule(error=st.sampled_from([None, None, ValueError("once"), KeyboardInterrupt(), torch.OutOfMemoryError("once")]))
+    def step(self, error):
+        self.now += 1.0
+        self.runner.next = error
+        with suppress(KeyboardInterrupt):
+            self.engine.step()
+        self.runner.next = None
+
+    @rule(token=st.integers(0, 5))
+    def break_for(self, token):
+        self.runner.bad = {token}
+
+    @rule(most=st.integers(4, 9))
+    def shrink(self, most):
+        self.runner.most = most
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        self.runner.bad = set()
+        run(self.engine)
+        assert self.engine.scheduler.pool.free == self.engine.scheduler.pool.num_pages
+        for request in self.requests:
+            wanted = answer(request.prompt_ids, request.max_tokens)
+            assert request.output_ids == wanted[: request.generated]
+            assert request.output.take() == "".join(chr(ord("0") + t) for t in request.output_ids)
+            assert (request.finish_reason == "length") == (request.generated == request.max_tokens)
+            assert (request.error is not None) == (request.finish_reason == "error")
+            assert request.finish_reason in ("length", "cancelled", "deadline", "error")
+            assert request.finish_reason != "deadline" or request.deadline is not None
+
+
+AnyOrder.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestAnyOrder = AnyOrder.TestCase
 
 
 def interrupt_at(line: int):

@@ -1,5 +1,6 @@
 """Inference on the packed model and the page cache; `LLM` is its face. The rooms behind it read in this order: request
-(plain data), pages, scheduler (who computes what), runner (one batch, one forward), sampler, output (text), core, llm.
+(plain data), pages and prefix (who holds and shares what), scheduler (who computes what), runner (one batch, one
+forward), sampler, guide and tool_grammar (what may be said), output (text), core, llm; service runs it beside asyncio.
 
 The names below load on first use: a terminal that reads SamplingParams need not wait for PyTorch.
 """

@@ -8,7 +8,6 @@ step had not been, at worst to be computed again: whoever asked for it cancels i
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,12 +77,14 @@ class Engine:
         with self._bookkeeping():
             for request in self.scheduler.expired(self._clock()):
                 self._finish(request, "deadline")
-            batch = self.scheduler.schedule(self._prompt_tokens())
+            batch = self.scheduler.schedule(self._memory_limit, self._beside_answers())
         if batch is None:
             return False
         begun = self._clock()
-        self._good_steps += 1
         self._compute(batch)
+        self._good_steps += 1
+        if self._good_steps == RECOVERY_STEPS:
+            self._memory_limit, self._good_steps = min(2 * self._memory_limit, self.scheduler.max_batch_tokens), 0
         self._measure(batch, self._clock() - begun)
         return True
 
@@ -95,13 +96,13 @@ class Engine:
             self.scheduler.reset()
             raise
 
-    def _prompt_tokens(self) -> int:
-        """Tokens of prompts that a step may have beside answers."""
-        if self._good_steps >= RECOVERY_STEPS:
-            self._memory_limit, self._good_steps = min(2 * self._memory_limit, self.scheduler.max_batch_tokens), 0
-        if self._prompt_seconds is None:
-            return min(FIRST_PROMPT_TOKENS, self._memory_limit)
-        return max(16, min(int(self.token_delay / self._prompt_seconds), self._memory_limit))
+    def _beside_answers(self) -> int:
+        """Tokens of prompts that a step may have where answers wait for it."""
+        return (
+            FIRST_PROMPT_TOKENS
+            if self._prompt_seconds is None
+            else max(16, int(self.token_delay / self._prompt_seconds))
+        )
 
     def _measure(self, batch: ScheduledBatch, seconds: float) -> None:
         prompt = sum(chunk.tokens for chunk in batch.chunks if chunk.tokens > 1)
@@ -130,7 +131,8 @@ class Engine:
         chunks, no_memory = batch.chunks, is_out_of_memory(error)
         if no_memory:
             error.__traceback__ = None  # it holds the step's tensors
-            _release_memory()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             self._memory_limit, self._good_steps = max(self.scheduler.page_size, batch.tokens // 2), 0
         if len(chunks) > 1:
             parts = [chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]]
@@ -230,9 +232,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -88,10 +88,10 @@ class Scheduler:
         """The unfinished requests whose deadline has passed."""
         return [r for r in (*self.running, *self.waiting) if r.deadline is not None and r.deadline <= now]
 
-    def schedule(self, prompt_tokens: int | None = None) -> ScheduledBatch | None:
+    def schedule(self, prompt_tokens: int | None = None, beside_answers: int | None = None) -> ScheduledBatch | None:
         """The next step's batch, its pages allocated; None if there is nothing to do.
 
-        prompt_tokens: at most so many of prompts (one at least), where answers wait for this step.
+        prompt_tokens: at most so many of prompts (one at least); beside_answers: the same, where answers wait for it.
         """
         for request in list(self.running):  # answers first: their next token may need one page more
             if request.state is State.RUNNING and request.computed + 1 == len(request.token_ids):
@@ -100,8 +100,8 @@ class Scheduler:
         decodes = [r for r in self.running if r.computed + 1 == len(r.token_ids)]
         prefills = [r for r in self.running if r.computed + 1 < len(r.token_ids)]
         budget = self.max_batch_tokens - len(decodes)
-        if decodes and prompt_tokens is not None:
-            budget = min(budget, max(1, prompt_tokens))
+        limits = (prompt_tokens, beside_answers if decodes else None)
+        budget = min(budget, *(max(1, limit) for limit in limits if limit is not None), budget)
         shares = self._shares(prefills, budget)
         chunks = []
         for request, tokens in [*((r, 1) for r in decodes), *zip(prefills, shares)]:
