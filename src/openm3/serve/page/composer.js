@@ -31,6 +31,7 @@ export class Composer {
     for (const radio of this.modes()) radio.addEventListener("change", () => this.setMode(radio.value));
     addEventListener("resize", () => this.fit());
     this.acceptDrops();
+    if (onTouchScreen()) this.box.placeholder = "Ask anything";
   }
 
   modes() {
