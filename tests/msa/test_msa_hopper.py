@@ -1,4 +1,4 @@
-"""The Hopper backend on a machine without a GPU: its kernels interpreted or emulated, compiled for sm_90, its refusals."""
+"""The Hopper backend without a GPU: its kernels interpreted or emulated, compiled for sm_90; its refusals."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_keys_and_values_that_share_a_page_are_read_in_place():
 
 # Prompts -------------------------------------------------------------------------------------------------------------
 
-PROMPT = STEP.but(lens_q=(19, 3, 1), lens_k=(1500, 130, 1), hkv=2, hi=1, integers=False)
+PROMPT = STEP.but(lens_q=(11, 2, 1), lens_k=(1200, 130, 1), hkv=2, hi=1, integers=False)
 
 
 def united_by_the_portable_kernel(q, k, v, plan, scale, tiles, a, n, lists, lengths, out, lse):
@@ -177,7 +177,7 @@ def test_a_prompt_in_pieces_under_a_small_workspace(monkeypatch):
     whole = attend(hopper_backend, t, blocks, plan)
     plan = PROMPT.paged()
     object.__setattr__(plan, "workspace_bytes", 1 << 18)
-    assert len(hopper_backend._pieces(plan, 8)[1]) == 5
+    assert len(hopper_backend._pieces(plan, 8)[1]) == 4
     cut = attend(hopper_backend, t, blocks, plan)
     assert torch.equal(whole[0], cut[0])
     assert torch.equal(whole[1], cut[1])
