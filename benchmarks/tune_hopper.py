@@ -21,9 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from statistics import median
 
@@ -42,13 +42,14 @@ DEFAULT = hopper_backend.TUNING
 
 @dataclass(frozen=True)
 class Job:
-    """`checks` yields (what, error, tolerance). `time(clock, size)` gives, by part, a function that returns ms, and
-    the fewest bytes or the flops of that part; `variants` are changes of the settings."""
+    """`checks` yields (what, error, tolerance). `parts(clock, size)` gives, by part, a function that returns ms, and
+    the fewest bytes or the flops of that part. `variants` of the settings are tried at the first `tuned` sizes."""
 
     checks: Callable[[], Iterator[tuple[str, float, float]]]
     sizes: tuple[tuple, ...]
     parts: Callable[[Clock, tuple], dict[str, tuple[Callable[[], list[float]], dict[str, int]]]]
-    variants: tuple[dict, ...] = field(default=({},))
+    variants: tuple[dict, ...] = ()
+    tuned: int = 2
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -264,12 +265,12 @@ def attend_checks() -> Iterator[tuple[str, float, float]]:
     hopper_backend.TUNING = DEFAULT
 
 
-STEPS = ((1, 128 * K), (1, M), (1, 32 * K), (8, 128 * K), (64, 32 * K), (8, 512 * K))
+STEPS = ((1, 128 * K), (8, 128 * K), (1, M), (1, 32 * K), (64, 32 * K), (8, 512 * K))
 JOBS: dict[str, Job] = {
     "step": Job(
         step_checks, STEPS, step_parts,
         (
-            {}, dict(programmatic=False), dict(score_stages=2), dict(score_waves=1, score_stages=5),
+            dict(programmatic=False), dict(score_stages=2), dict(score_waves=1, score_stages=5),
             dict(score_waves=3, score_stages=2), dict(score_waves=4, score_stages=2), dict(score_warps=8),
             dict(pick_chunk=256), dict(pick_chunk=1024), dict(attend_waves=1, attend_stages=4), dict(attend_stages=2),
             dict(attend_keys=128, attend_stages=2, attend_waves=1), dict(attend_warps=8),
@@ -279,14 +280,14 @@ JOBS: dict[str, Job] = {
     "select": Job(
         lambda: chain(*(check_selection(name, p) for name, p in chunk_problems().items())),
         tuple((8 * K, end, "random") for end in (128 * K, M, 32 * K, 512 * K)), partial(chunk_parts, "select"),
-        ({}, *(dict(tile_blocks=n) for n in (16, 32, 128, 256)), dict(tile_stages=3), dict(tile_stages=5)),
+        (*(dict(tile_blocks=n) for n in (16, 32, 128, 256)), dict(tile_stages=3), dict(tile_stages=5)),
     ),
     "attend": Job(
         attend_checks,
         ((8 * K, 128 * K, "random"), (8 * K, 128 * K, "clustered"), (8 * K, M, "random"), (8 * K, 32 * K, "random")),
         partial(chunk_parts, "attend"),
         (
-            {}, dict(gather_chunk=16), dict(gather_chunk=64), dict(gather_stages=1), dict(gather_queries=8),
+            dict(gather_chunk=16), dict(gather_chunk=64), dict(gather_stages=1), dict(gather_queries=8),
             dict(union=0), dict(union=1.5), dict(union=4), dict(union=8),
         ),
     ),
@@ -298,7 +299,7 @@ JOBS: dict[str, Job] = {
         lambda: check_attention("one sequence", Problem((1,), (20000,)), sparse=False), ((1, 128 * K), (1, M)),
         dense_step_parts,
         (
-            {}, dict(attend_stages=2), dict(attend_waves=1, attend_stages=5), dict(attend_waves=3, attend_stages=2),
+            dict(attend_stages=2), dict(attend_waves=1, attend_stages=5), dict(attend_waves=3, attend_stages=2),
             dict(attend_keys=128, attend_stages=2, attend_waves=1), dict(attend_warps=8),
         ),
     ),
@@ -331,18 +332,19 @@ def run_job(name: str, output: Path, seconds: float, only_check: bool) -> None:
     with torch.no_grad():
         tried(check, check="all")
         clock = Clock(Settings(budget_ms=30.0, repeats=(3, 20)))
-        for size in () if only_check else job.sizes:
-            if time.monotonic() > deadline:
-                return write(stopped=f"the {seconds:.0f} seconds are over", size=size)
-            parts = job.parts(clock, size)
-            for variant in job.variants:
+        # The settings as they are at every size, then the others: each is a compilation, and few sizes tell enough.
+        rounds = [(size, ({},)) for size in job.sizes] + [(size, job.variants) for size in job.sizes[: job.tuned]]
+        for size, variants in () if only_check else rounds:
+            parts = job.parts(clock, size) if variants and time.monotonic() < deadline else {}
+            for variant, (part, (times, amount)) in product(variants, parts.items()):
                 hopper_backend.TUNING = replace(DEFAULT, **variant)
-                for part, (times, amount) in parts.items():
-                    if time.monotonic() < deadline:
-                        tried(partial(measure, times, amount, write, part, size, variant), part=part, size=size)
+                if time.monotonic() < deadline:
+                    tried(partial(measure, times, amount, write, part, size, variant), part=part, size=size)
             hopper_backend.TUNING = DEFAULT
             del parts
             torch.cuda.empty_cache()
+    if time.monotonic() > deadline:
+        write(stopped=f"the {seconds:.0f} seconds are over")
 
 
 def measure(times: Callable, amount: dict[str, int], write: Callable, part: str, size: tuple, variant: dict) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,22 @@ def test_other_gpus_are_refused(monkeypatch):
         monkeypatch.setattr(triton_backend, "_capability", lambda device, found=capability: found)
         found = hopper_backend.refusal(q, t.k, plan, t.v)
         assert found is None if reason is None else reason in found
+
+
+def test_the_tuning_run_knows_its_settings_and_tells_the_fastest(monkeypatch):
+    monkeypatch.syspath_prepend(HERE.parent.parent / "benchmarks")
+    import tune_hopper
+
+    for job in tune_hopper.JOBS.values():
+        for variant in job.variants:
+            assert replace(hopper_backend.TUNING, **variant) != hopper_backend.TUNING
+    row = dict(job="step", part="both", size=[1, 1024], gb_s=900.0)
+    lines = tune_hopper.summary([
+        row | dict(variant={}, ms=0.02), row | dict(variant={"score_stages": 2}, ms=0.01),
+        dict(job="step", check="selection", difference=3.0, allowed=0.0, ok=False), dict(job="select", error="gone"),
+    ])  # fmt: skip
+    assert list(lines) == [
+        "step: 1 checks, selection (3)",
+        "  both (1, 1024): 0.02 ms, best 0.01 ms (900 gb_s) with {'score_stages': 2}",
+        "select: 0 checks, gone",
+    ]
