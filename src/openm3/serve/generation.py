@@ -17,7 +17,7 @@ from starlette.responses import StreamingResponse
 
 from openm3.engine import Finish, Grammar, SamplingParams
 from openm3.engine.service import Event, Service, Stream
-from openm3.processing import ContentDelta, ThinkingDelta, ToolCall
+from openm3.processing import ContentDelta, ThinkingDelta, ToolCall, read_tools
 from openm3.serve.errors import INTERNAL, ApiError, api_error, dump
 from openm3.serve.files import FileStore
 from openm3.serve.media import MediaSource
@@ -129,10 +129,11 @@ def tool_grammar(
     """(the tools to offer, what the answer is held to) for OpenAI's `tool_choice` in the shape of chat completions.
 
     The grammar is there where the caller asks for more than the model gives by itself: a call that must come, a tool by
-    name, one call at most, or arguments that are valid by a schema marked strict.
+    name, one call at most, or arguments that are valid by a schema marked strict. Raises ToolError for a bad tool.
     """
+    read_tools(tools)
     if choice in (None, "auto"):
-        strict = any(isinstance(t, dict) and (t.get("function") or {}).get("strict") for t in tools or ())
+        strict = any(tool["function"].get("strict") for tool in tools or ())
         held = tools and (strict or not parallel)
         return tools, Grammar("tools", tools, required=False, parallel=parallel) if held else None
     if choice == "none":
@@ -141,8 +142,8 @@ def tool_grammar(
         raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
     if choice == "required":
         return tools, Grammar("tools", tools, parallel=parallel)
-    name = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
-    named = [tool for tool in tools if (tool.get("function") or {}).get("name") == name]
+    function = choice.get("function") if isinstance(choice, dict) else None
+    named = [tool for tool in tools if isinstance(function, dict) and tool["function"]["name"] == function.get("name")]
     if not named:
         raise ApiError(400, "tool_choice: must be auto, none, required or a function that is among the tools",
                        param="tool_choice")  # fmt: skip

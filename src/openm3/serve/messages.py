@@ -168,7 +168,9 @@ def _messages(turn: Turn, where: str) -> list[dict[str, Any]]:
         place = f"{where}.content.{i}"
         if block.get("type") == "tool_result":
             content = block.get("content") or ""
-            if not isinstance(content, str):
+            if not isinstance(content, str | list):
+                raise ApiError(400, f"{place}.content: must be a string or a list of blocks")
+            if isinstance(content, list):
                 content = [_part(inner, f"{place}.content.{j}") for j, inner in enumerate(content)]
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content})
         else:

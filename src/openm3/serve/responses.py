@@ -155,7 +155,10 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
 def _add(message: dict[str, Any], item: dict[str, Any], kind: str, where: str) -> None:
     """Adds an item of the model's own to its message."""
     if kind == "reasoning":
-        texts = [part.get("text") for part in item.get("content") or () if isinstance(part, dict)]
+        content = item.get("content") or []
+        if not isinstance(content, list):
+            raise ApiError(400, f"{where}.content: must be a list of parts", param="input")
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
         message["reasoning_content"] = "".join(text for text in texts if isinstance(text, str))
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments", "")}
