@@ -68,6 +68,51 @@ def test_a_shared_page_is_free_after_its_last_holder():
         pool.retain(pages)
 
 
+def test_a_remembered_page_is_found_until_it_is_needed_and_the_longest_unused_goes_first():
+    pool = PagePool(4)
+    a, b, c = pool.allocate(1), pool.allocate(1), pool.allocate(1)
+    for pages, key in ((a, b"a"), (b, b"b"), (c, b"c")):
+        pool.remember(pages[0], key)
+        pool.release(pages)
+    assert (pool.free, pool.remembered) == (4, 3)
+    assert pool.find([b"a", b"b", b"x", b"c"]) == [*a, *b]
+    pool.retain(a)
+    pool.release(a)  # used again
+    pool.allocate(2)
+    assert [pool.find([key]) for key in (b"a", b"b", b"c")] == [a, [], c]
+    pool.retain(a)
+    with pytest.raises(ValueError, match="2 pages wanted, 1 of 4 are free"):
+        pool.allocate(2)
+    assert pool.allocate(1) == c
+    assert pool.find([b"c"]) == []
+
+
+def test_two_pages_of_one_content_are_one_for_who_comes_later():
+    pool = PagePool(4)
+    first, second = pool.allocate(1), pool.allocate(1)
+    pool.remember(first[0], b"a")
+    pool.remember(second[0], b"a")
+    assert pool.find([b"a"]) == first
+    pool.release(second)
+    assert pool.free == 3
+    with pytest.raises(ValueError, match="free already"):
+        pool.remember(second[0], b"b")
+
+
+def test_room_is_made_in_runs():
+    pool = PagePool(64)
+    for i in range(16):  # sixteen sequences of four pages, remembered in an order that is not theirs in memory
+        pages = pool.allocate(4)
+        for j, page in enumerate(pages):
+            pool.remember(page, bytes([i, j]))
+        pool.release(pages)
+    pages = pool.allocate(1)
+    for _ in range(3):
+        pages += pool.allocate(1, after=pages[-1])
+    assert runs(pages) == 1
+    assert pool.remembered == 56
+
+
 @given(st.data())
 def test_the_pool_agrees_with_a_plain_set_of_pages(data):
     size = data.draw(st.integers(1, 40))

@@ -190,7 +190,7 @@ def test_answers_do_not_depend_on_how_they_are_computed(nano, watch):
 
 @pytest.mark.soak
 def test_long_answers_do_not_depend_on_how_they_are_computed(nano, watch):
-    check(nano, watch, lengths=[3, 700, 130, 1500, 90, 1500, 900, 2300, 300], n=150)
+    check(nano, watch, lengths=[3, 700, 1500, 90, 1500, 2300], n=100)
 
 
 def test_the_first_different_choice_is_found_with_its_gap():

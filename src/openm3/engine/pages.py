@@ -2,7 +2,7 @@
 
 A page whose block is complete can be remembered by a key of all tokens up to its end (`prefix.py`); a later request
 that begins with the same tokens holds the same page. A remembered page that nobody holds keeps its content until
-the pages that hold nothing run out: the one longest unused goes first, and of a sequence the last.
+the pages that hold nothing run out: the ones longest unused go first, and of a sequence the last.
 
 Attention on a CPU reads consecutive pages in place, without gathering them, so a sequence grows into the page after
 its last one where that is free, and a new sequence starts in the middle of the largest free run, leaving its neighbour
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+
+SLACK = 8  # one part in so many of the pages is emptied at a time, so that there are runs to grow into again
 
 
 class PagePool:
@@ -64,8 +66,10 @@ class PagePool:
         """
         if n > self.free:
             raise ValueError(f"{n} pages wanted, {self.free} of {self.num_pages} are free")
-        while self._empty < n:
-            self._forget(next(iter(self._idle)))
+        if self._empty < n:
+            enough = max(n, self.num_pages // SLACK)
+            while self._empty < enough and self._idle:
+                self._forget(next(iter(self._idle)))
         pages: list[int] = []
         while len(pages) < n:
             start, end = self._take(n - len(pages), after)
