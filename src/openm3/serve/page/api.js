@@ -138,7 +138,9 @@ function assistantMessage(message, calls) {
   const out = { role: "assistant", content: message.text };
   if (message.thinking) out.reasoning_content = message.thinking;
   if (calls.length) {
-    out.tool_calls = calls.map(({ id, name, arguments: args }) => ({ id, type: "function", function: { name, arguments: args } }));
+    out.tool_calls = calls.map((call) => {
+      return { id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } };
+    });
   }
   return out;
 }

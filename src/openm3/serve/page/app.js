@@ -12,6 +12,7 @@ import { openStore, recall, remember } from "./store.js";
 
 const NEAR_BOTTOM = 60; // pixels
 const BY_HAND = 500; // ms after a touch of the reader's that a scroll is theirs
+const VIEWS = { user: QuestionView, assistant: AnswerView };
 const tab = newId();
 
 class App {
@@ -33,7 +34,12 @@ class App {
     this.composer = new Composer({
       store: this.store,
       shelf: this.shelf,
-      actions: { changed, send: (question) => this.send(question), stop: () => this.run?.stop(), editLast: () => this.editLast() },
+      actions: {
+        changed,
+        send: (question) => this.send(question),
+        stop: () => this.run?.stop(),
+        editLast: () => this.editLast(),
+      },
     });
     await this.rescue();
     await this.store.purge();
@@ -91,7 +97,8 @@ class App {
     const now = Date.now();
     const mode = ["enabled", "adaptive", "disabled"].find((each) => each === recall("mode")) ?? "adaptive";
     const draft = { text: "", media: [] };
-    const chat = { id: newId(), title: "New conversation", created: now, updated: now, started: false, mode, settings: {}, draft };
+    const times = { created: now, updated: now, started: false };
+    const chat = { id: newId(), title: "New conversation", ...times, mode, settings: {}, draft };
     this.chats.unshift(chat);
     return chat;
   }
@@ -131,8 +138,8 @@ class App {
   }
 
   unsaved(error) {
-    const full = error?.name === "QuotaExceededError";
-    toast(full ? "The browser's storage is full: delete old conversations to keep new ones." : "This could not be saved in the browser.");
+    if (error?.name !== "QuotaExceededError") toast("This could not be saved in the browser.");
+    else toast("The browser's storage is full: delete old conversations to keep new ones.");
   }
 
   async rename(chat, title) {
@@ -264,7 +271,7 @@ class App {
     for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
       scroller.addEventListener(kind, () => (touched = performance.now()), { passive: true });
     }
-    scroller.addEventListener("pointermove", (event) => event.buttons && (touched = performance.now()), { passive: true });
+    scroller.addEventListener("pointermove", (event) => event.buttons && (touched = performance.now()));
     const look = () => {
       if (near()) this.follow = true;
       else if (performance.now() - touched < BY_HAND) this.follow = false;
@@ -273,7 +280,9 @@ class App {
     scroller.addEventListener("scroll", look);
     scroller.addEventListener("click", (event) => event.target.closest("summary") && (this.follow = false));
     scroller.addEventListener("toggle", look, { capture: true });
-    byId("to-bottom").addEventListener("click", () => scroller.scrollTo({ top: scroller.scrollHeight, behavior: "smooth" }));
+    byId("to-bottom").addEventListener("click", () => {
+      scroller.scrollTo({ top: scroller.scrollHeight, behavior: "smooth" });
+    });
     const observer = new ResizeObserver(() => this.follow && this.toBottom());
     observer.observe(byId("thread"));
     observer.observe(scroller);
@@ -286,16 +295,18 @@ class App {
       answerCalls: (results) => this.answerCalls(results),
       settings: () => this.settings.open(this.chat, "key"),
     };
+    const context = { shelf: this.shelf, actions };
     const old = new Map(this.views.map((view) => [view.message, view]));
     this.views = this.thread
       .filter((message) => message.role !== "tool")
-      .map((message) => old.get(message) ?? new (message.role === "user" ? QuestionView : AnswerView)(message, { shelf: this.shelf, actions }));
+      .map((message) => old.get(message) ?? new VIEWS[message.role](message, context));
     byId("thread").replaceChildren(...this.views.map((view) => view.element));
     this.updateViews();
   }
 
   updateViews() {
-    const results = Object.fromEntries(this.thread.filter((each) => each.role === "tool").map((each) => [each.call, each.text]));
+    const tools = this.thread.filter((message) => message.role === "tool");
+    const results = Object.fromEntries(tools.map((message) => [message.call, message.text]));
     const running = this.run?.message;
     const elsewhere = [...this.elsewhere.values()].some((chats) => chats.includes(this.chat.id));
     const lastQuestion = this.thread.findLast((each) => each.role === "user");
@@ -343,7 +354,8 @@ class App {
   showModel() {
     const names = this.models;
     const current = [this.chat.model, recall("model")].find((name) => names.includes(name)) ?? names[0];
-    byId("model").replaceChildren(...names.map((name) => h("option", { value: name, selected: name === current }, baseName(name))));
+    const choice = (name) => h("option", { value: name, selected: name === current }, baseName(name));
+    byId("model").replaceChildren(...names.map(choice));
     byId("model").hidden = names.length < 2;
     byId("model-name").textContent = names.length === 1 ? baseName(current) : "";
     byId("model-name").title = current ?? "";

@@ -1,5 +1,5 @@
-// Where a question is written: text, pictures and videos, the thinking mode, send and stop. What is not sent yet is kept
-// with its conversation as a draft.
+// Where a question is written: text, pictures and videos, the thinking mode, send and stop. What is not sent yet is
+// kept with its conversation as a draft.
 
 import { announce, byId, h, icon, iconButton, toast } from "./dom.js";
 import { filesOf, MediaError, readFile, thumbnail } from "./media.js";
@@ -9,7 +9,7 @@ const SAVE_AFTER = 300; // ms without a key
 const onTouchScreen = () => matchMedia("(pointer: coarse)").matches;
 
 export class Composer {
-  /** actions: {send({text, media, edited}), stop(), editLast(), changed(chat)}; edited is the question that is replaced. */
+  /** actions: {send({text, media, edited}), stop(), editLast(), changed(chat)}; edited: the question to replace. */
   constructor({ store, shelf, actions }) {
     Object.assign(this, { store, shelf, actions });
     this.form = byId("composer");

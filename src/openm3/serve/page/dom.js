@@ -27,7 +27,8 @@ export function icon(name) {
 
 /** A button that shows an icon only; its label is its tooltip and what a screen reader says. */
 export function iconButton(name, label, onclick, className = "quiet") {
-  return h("button", { type: "button", class: `icon-button ${className}`, title: label, "aria-label": label, onclick }, icon(name));
+  const look = { class: `icon-button ${className}`, title: label, "aria-label": label };
+  return h("button", { type: "button", ...look, onclick }, icon(name));
 }
 
 export const byId = (id) => document.getElementById(id);
@@ -74,7 +75,8 @@ let toastTimer;
 export function toast(text, action) {
   const box = byId("toast");
   const close = () => box.replaceChildren();
-  const button = action && h("button", { type: "button", class: "link", onclick: () => (close(), action.run()) }, action.label);
+  const act = () => (close(), action.run());
+  const button = action && h("button", { type: "button", class: "link", onclick: act }, action.label);
   box.replaceChildren(h("div", { class: "toast" }, h("span", {}, text), button));
   clearTimeout(toastTimer);
   toastTimer = setTimeout(close, 7000);

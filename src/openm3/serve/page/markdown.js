@@ -1,8 +1,8 @@
 // Markdown to DOM nodes: the part of it that models write. No markup of the model's ever reaches the page as markup, no
 // link but http, https and mailto is followed, and nothing is fetched: a picture becomes a link to it.
 //
-// A text is split into blocks first. While an answer streams, blocks that have not changed keep their nodes, so that what
-// a reader has selected or scrolled stays, and a long answer costs no more than its last block.
+// A text is split into blocks first. While an answer streams, blocks that have not changed keep their nodes, so that
+// what a reader has selected or scrolled stays, and a long answer is not drawn again and again.
 
 import { copy, h, icon } from "./dom.js";
 
@@ -106,7 +106,7 @@ function readQuote(lines, i) {
   return [{ kind: "quote", lines: lines.slice(i, end).map((line) => line.replace(QUOTE, "")) }, end];
 }
 
-/** Models indent by two, three or four spaces as they like: what is indented more than the marker belongs to the item. */
+/** Models indent by two, three or four spaces as they like: what stands further in than the marker is the item's. */
 function readList(lines, i) {
   const [, margin, marker] = lines[i].match(ITEM);
   const ordered = /\d/.test(marker);
@@ -149,7 +149,8 @@ const isTable = (lines, i) => lines[i].includes("|") && CELLS.test(lines[i + 1] 
 function readTable(lines, i) {
   let end = i + 2;
   while (end < lines.length && lines[end].includes("|")) end++;
-  const align = cells(lines[i + 1]).map((cell) => (/^:.*:$/.test(cell) ? "center" : cell.endsWith(":") ? "right" : "left"));
+  const side = (cell) => (/^:.*:$/.test(cell) ? "center" : cell.endsWith(":") ? "right" : "left");
+  const align = cells(lines[i + 1]).map(side);
   const rows = lines.slice(i + 2, end).map((line) => cells(line).slice(0, align.length));
   return [{ kind: "table", align, head: cells(lines[i]), rows }, end];
 }
@@ -197,7 +198,8 @@ function renderBlock(block, depth) {
 
 function codeBlock({ language, text }) {
   const code = h("code", {}, text);
-  const button = h("button", { type: "button", class: "quiet copy-code", onclick: () => copy(code.textContent, button) }, icon("copy"), "Copy");
+  const act = () => copy(code.textContent, button);
+  const button = h("button", { type: "button", class: "quiet copy-code", onclick: act }, icon("copy"), "Copy");
   const name = language || "code";
   return h("figure", { class: "code" },
     h("figcaption", {}, h("span", {}, name), button),
@@ -212,13 +214,15 @@ function list({ ordered, loose, start, items }, depth) {
       block.kind === "paragraph" && !loose && i === 0 ? inline(block.text) : renderBlock(block, depth + 1));
     if (!task) return h("li", {}, nodes);
     const done = task[1] !== " ";
-    return h("li", { class: "task" }, h("input", { type: "checkbox", disabled: true, checked: done, "aria-label": done ? "done" : "to do" }), nodes);
+    const look = { disabled: true, checked: done, "aria-label": done ? "done" : "to do" };
+    return h("li", { class: "task" }, h("input", { type: "checkbox", ...look }), nodes);
   });
   return ordered ? h("ol", start === 1 ? {} : { start }, rows) : h("ul", {}, rows);
 }
 
 function table({ align, head, rows }) {
-  const row = (tag, texts) => h("tr", {}, align.map((side, i) => h(tag, { class: side, scope: tag === "th" && "col" }, inline(texts[i] ?? ""))));
+  const cell = (tag, text, side) => h(tag, { class: side, scope: tag === "th" && "col" }, inline(text ?? ""));
+  const row = (tag, texts) => h("tr", {}, align.map((side, i) => cell(tag, texts[i], side)));
   return h("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" },
     h("table", {}, h("thead", {}, row("th", head)), h("tbody", {}, rows.map((texts) => row("td", texts)))));
 }

@@ -31,7 +31,8 @@ async function readImage(file, name) {
   const { naturalWidth: width, naturalHeight: height } = picture;
   const scale = Math.min(1, LARGEST_SIDE / Math.max(width, height));
   if (scale === 1 && SENT_AS_IS.includes(file.type)) return file;
-  const canvas = h("canvas", { width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) });
+  const scaled = (side) => Math.max(1, Math.round(side * scale));
+  const canvas = h("canvas", { width: scaled(width), height: scaled(height) });
   canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
   const photo = file.type === "image/jpeg"; // anything else may be transparent
   return new Promise((resolve) => canvas.toBlob(resolve, photo ? "image/jpeg" : "image/png", 0.92));
@@ -110,8 +111,8 @@ function enlarge(item, url, label) {
   const shown = item.kind === "image"
     ? h("img", { src: url, alt: label })
     : h("video", { src: url, controls: true, autoplay: true, loop: true, playsinline: true, "aria-label": label });
-  const dialog = h("dialog", { class: "lightbox", "aria-label": label, onclick: () => dialog.close(), onclose: () => dialog.remove() },
-    shown, h("p", {}, item.name));
+  const act = { onclick: () => dialog.close(), onclose: () => dialog.remove() };
+  const dialog = h("dialog", { class: "lightbox", "aria-label": label, ...act }, shown, h("p", {}, item.name));
   shown.addEventListener("click", (event) => item.kind === "video" && event.stopPropagation());
   document.body.append(dialog);
   dialog.showModal();

@@ -10,12 +10,13 @@ import { thumbnail } from "./media.js";
 export class QuestionView {
   constructor(message, { shelf, actions }) {
     this.message = message;
+    const { media, text } = message;
     this.editButton = iconButton("pencil", "Edit this question", () => actions.edit(message));
     this.element = h("article", { class: "message question", "aria-label": "Your question" },
-      message.media.length > 0 && h("div", { class: "thumbnails" }, message.media.map((item) => thumbnail(item, shelf))),
+      media.length > 0 && h("div", { class: "thumbnails" }, media.map((item) => thumbnail(item, shelf))),
       h("div", { class: "line" },
-        message.text && h("div", { class: "bubble" }, message.text),
-        h("div", { class: "actions" }, this.editButton, message.text && copyButton("Copy this question", () => message.text))));
+        text && h("div", { class: "bubble" }, text),
+        h("div", { class: "actions" }, this.editButton, text && copyButton("Copy this question", () => text))));
   }
 
   update({ last }) {
@@ -67,7 +68,8 @@ export class AnswerView {
     this.thinking.hidden = !thinking.trim();
     const underWay = running && !text && !calls.length;
     this.thinking.classList.toggle("active", Boolean(underWay));
-    this.summary.textContent = underWay ? "Thinking…" : thoughtMs !== undefined ? `Thought for ${seconds(thoughtMs)}` : "Thought";
+    const thought = thoughtMs === undefined ? "Thought" : `Thought for ${seconds(thoughtMs)}`;
+    this.summary.textContent = underWay ? "Thinking…" : thought;
     if (thinking !== this.shownThinking) this.thought.textContent = thinking.trim();
     this.shownThinking = thinking;
   }
@@ -86,7 +88,9 @@ export class AnswerView {
       h("button", { type: "submit", class: "primary" }, open.length > 1 ? "Send results" : "Send result"));
     this.callList.append(this.form);
     this.callList.onkeydown = (event) => {
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) (event.preventDefault(), this.form.requestSubmit());
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      this.form.requestSubmit();
     };
     this.form.onsubmit = (event) => {
       event.preventDefault();
@@ -130,7 +134,8 @@ class CallView {
     this.body = h("dl", {});
     this.result = null;
     this.open = false;
-    this.element = h("section", { class: "call", "aria-label": "Tool call" }, h("header", {}, icon("tool"), this.title), this.body);
+    const header = h("header", {}, icon("tool"), this.title);
+    this.element = h("section", { class: "call", "aria-label": "Tool call" }, header, this.body);
     parent.append(this.element);
   }
 
@@ -199,8 +204,9 @@ function seconds(ms) {
 }
 
 /** Says what a screen reader should hear when an answer ends. */
-export function announceAnswer({ state: how, text, error, calls }) {
-  if (how === "failed") return;
+export function announceAnswer({ state, text, calls }) {
+  if (state === "failed") return; // the note about it is an alert
   const called = calls.map((call) => call.name).join(", ");
-  announce([how === "stopped" ? "Stopped." : "", text, called && `The model calls ${called}.`].filter(Boolean).join(" ") || error || "Empty answer");
+  const parts = [state === "stopped" && "Stopped.", text, called && `The model calls ${called}.`].filter(Boolean);
+  announce(parts.join(" ") || "The model gave no answer.");
 }

@@ -1,4 +1,5 @@
-// The settings: what a conversation tells the model (instructions, tools, sampling), and what the browser keeps (key, look).
+// The settings: what a conversation tells the model (instructions, tools, sampling), and what the browser keeps (key,
+// look).
 
 import { byId } from "./dom.js";
 import { recall, remember } from "./store.js";

@@ -60,7 +60,8 @@ export class Sidebar {
   }
 
   rename(chat, row) {
-    const box = h("input", { class: "rename", value: chat.title, maxlength: "120", "aria-label": "Name of the conversation" });
+    const label = "Name of the conversation";
+    const box = h("input", { class: "rename", value: chat.title, maxlength: "120", "aria-label": label });
     this.renaming = true;
     let ended = false;
     const end = (keep) => {

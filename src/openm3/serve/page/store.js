@@ -1,6 +1,7 @@
 // Conversations in this browser: IndexedDB, or memory for this visit where the browser keeps nothing.
 //
-// chats     {id, title, named, created, updated, started, deleted, mode, settings, draft: {text, media: [{id, kind, name}]}}
+// chats     {id, title, named, created, updated, started, deleted, mode, settings,
+//            draft: {text, media: [{id, kind, name}]}}
 // messages  {chat, seq, role: "user", text, media} | {..., role: "assistant", text, thinking, calls, state, ...}
 //           | {..., role: "tool", call, text}; seq counts from 0
 // media     {id, chat, kind: "image" | "video", name, blob}
@@ -66,8 +67,9 @@ class Store {
 
   /** Conversations deleted a while ago (chat.deleted: when) go for good. */
   async purge() {
-    const gone = (await this.tables.all("chats")).filter((chat) => chat.deleted && Date.now() - chat.deleted > UNDO_FOR);
-    for (const chat of gone) await this.forget(chat.id);
+    for (const { id, deleted } of await this.tables.all("chats")) {
+      if (deleted && Date.now() - deleted > UNDO_FOR) await this.forget(id);
+    }
   }
 
   chat(id) {
