@@ -15,7 +15,7 @@ if not triton.knobs.runtime.interpret:
 
 from triton_interpreted import an_interpreter_that_multiplies_bf16  # noqa: E402, F401
 
-from openm3.msa import hopper_backend, reference, triton_attend, triton_backend  # noqa: E402
+from openm3.msa import hopper_backend, hopper_decode, reference, triton_attend, triton_backend  # noqa: E402
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 STEP = Case(
@@ -134,6 +134,20 @@ def test_keys_and_values_that_share_a_page_are_read_in_place():
     t, plan = case.tensors().in_pages(), case.paged()
     k, v = torch.cat((t.k, t.v), dim=-1).split(128, dim=-1)
     assert_close(replace(t, k=k, v=v), None, plan)
+
+
+def test_many_parts_are_combined_piece_by_piece():
+    generator = torch.Generator().manual_seed(0)
+    part, part_lse = torch.randn(40, 3, 128, generator=generator), torch.randn(40, 3, generator=generator)
+    part_lse[5:, 1] = -torch.inf
+    part_lse[:, 2] = -torch.inf
+    out, lse = torch.empty(3, 128), torch.empty(3)
+    hopper_decode.combine_step[(3,)](part, part_lse, out, lse, 3, 40, PARTS_PAD=64, PIECE=32, D=128, PDL=False)
+    weights = torch.exp(part_lse.double()[:, :2])
+    wanted = (part.double()[:, :2] * weights[..., None]).sum(0) / weights.sum(0)[:, None]
+    assert relative(out[:2], wanted) <= 1e-6
+    assert not out[2].any()
+    assert relative(lse, part_lse.double().logsumexp(0)) <= 1e-6
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------

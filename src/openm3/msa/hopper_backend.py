@@ -52,7 +52,7 @@ class Tuning:
     tile_blocks: int = 64  # that one program scores
     union: float = 2.5  # times top-k blocks in a tile's union, above which its queries are gathered
     union_stages: int = 2
-    gather_queries: int = 4  # that pass a page at a time
+    gather_rows: int = 64  # query heads that pass a page at a time
     gather_chunk: int = 32  # queries of one program
     gather_stages: int = 2
     programmatic: bool = True  # the next kernel is set up while one still runs
@@ -278,8 +278,9 @@ def _attend_step(
         )  # fmt: skip
         if parts > 1:
             kernels.combine_step[(tokens * heads,)](
-                part, part_lse, out, lse, tokens * heads, parts, PARTS_PAD=pad(parts, 1), D=DIM, **_launch(4, plan)
-            )
+                part, part_lse, out, lse, tokens * heads, parts, PARTS_PAD=pad(parts, 1), PIECE=min(32, pad(parts, 1)),
+                D=DIM, **_launch(4, plan),
+            )  # fmt: skip
     return out, lse
 
 
@@ -364,7 +365,7 @@ def _gather(
             kernels.attend_gathered[(chunks,)](
                 q, k_map, v_map, keys, order, starts, blocks, part, part_lse, plan.positions, q.stride(0), q.stride(1),
                 entries, chunks, lo, tokens, r, softmax_scale * math.log2(math.e), GROUP=group, SHARE=share,
-                TOPK=plan.topk, QUERIES=tuning.gather_queries, CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM,
+                TOPK=plan.topk, QUERIES=tuning.gather_rows // group, CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM,
                 STAGES=tuning.gather_stages, num_warps=4,
             )  # fmt: skip
             kernels.join_slots[((hi - lo) * group,)](

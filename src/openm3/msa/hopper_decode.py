@@ -149,21 +149,25 @@ def attend_step(
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def combine_step(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows, parts, PARTS_PAD: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr
-):
-    """One row of the parts [parts, rows, D], lse [parts, rows] -> out [rows, D], lse [rows]."""
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, rows, parts, PARTS_PAD: tl.constexpr, PIECE: tl.constexpr,
+    D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row of the parts [parts, rows, D], lse [parts, rows] -> out [rows, D], lse [rows]; PIECE parts at a time."""
     enter(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS_PAD)
-    d = tl.arange(0, D)
-    at = part * rows + row
-    lse = tl.load(part_lse_ptr + at, mask=part < parts, other=-INF)
-    x = tl.load(part_ptr + at[:, None] * D + d[None], mask=(part < parts)[:, None], other=0.0)
+    lse = tl.load(part_lse_ptr + part.to(tl.int64) * rows + row, mask=part < parts, other=-INF)
     top = tl.max(lse, 0)
     safe = tl.where(top == -INF, 0.0, top)
-    weight = tl.exp(lse - safe)
-    total = tl.sum(weight, 0)
+    total = tl.sum(tl.exp(lse - safe), 0)
     whole = tl.where(total > 0.0, total, 1.0)
-    out = tl.sum(x * weight[:, None], 0) / whole
-    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty))
+    d = tl.arange(0, D)
+    out = tl.zeros([D], tl.float32)
+    for first in range(0, PARTS_PAD, PIECE):
+        piece = first + tl.arange(0, PIECE)
+        at = piece.to(tl.int64) * rows + row
+        weight = tl.exp(tl.load(part_lse_ptr + at, mask=piece < parts, other=-INF) - safe)
+        x = tl.load(part_ptr + at[:, None] * D + d[None], mask=(piece < parts)[:, None], other=0.0)
+        out += tl.sum(x * weight[:, None], 0)
+    tl.store(out_ptr + row * D + d, (out / whole).to(out_ptr.dtype.element_ty))
     tl.store(lse_ptr + row, tl.where(total > 0.0, safe + tl.log(whole), -INF))
