@@ -245,6 +245,7 @@ scalars = st.one_of(
                      {"type": ["string", "null"]}, {"type": ["integer", "string"]},
                      {"type": "string", "nullable": True},
                      {"anyOf": [{"type": "boolean"}, {"type": "string"}]}, {"type": "object"}, {"type": "array"},
+                     {"type": ["string", "integer", "null"], "maxLength": 4, "minimum": 2, "x-note": 1},
                      {"$ref": "#/$defs/node"}]),
 )  # fmt: skip
 
@@ -294,6 +295,7 @@ def test_arguments_are_valid_by_any_schema(guides, parameters, seed):
         (Grammar("tools", [tool("f", {"type": "object", "properties": {"a": {"type": "strin"}}})]), "type 'strin'"),
         (Grammar("tools", [tool("f", {"type": "object", "properties": {"a": {"anyOf": 3}}})]), "cannot be read"),
         (Grammar("tools", [{"type": "function"}]), "the tools cannot be read .*function"),
+        (Grammar("tools", [tool("f", {"anyOf": [{"type": "object"}]})]), "tool 'f': anyOf in its schema cannot be"),
         (Grammar("tools", [tool('f"', {})]), "the name cannot be written in a call"),
     ],
     ids=lambda x: x if isinstance(x, str) else x.kind,

@@ -23,12 +23,17 @@ LITERAL = r"/\s*((?i:true|false)|null|[-0-9][0-9.eE+-]*|[\[{](?s:.*))?\s*/"
 WHITESPACE = "[ ]?"  # between the parts of a JSON text
 
 _NAME = re.compile(r"[^\s<>/\"](?:[^<>\"]*[^\s<>\"])?\Z")
-_NOTES = {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly", "$schema",
-          "$id", "$defs", "definitions", "format", "nullable"}  # fmt: skip
 _OF_STRINGS = {"minLength", "maxLength", "pattern"}
 _OF_NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _OF_OBJECTS = {"properties", "required", "additionalProperties"}
 _OF_ARRAYS = {"items", "minItems", "maxItems"}
+_OF_TYPES = {"string": _OF_STRINGS, "number": _OF_NUMBERS, "integer": _OF_NUMBERS, "object": _OF_OBJECTS,
+             "array": _OF_ARRAYS}  # fmt: skip
+# The other words that say what is valid. Any further ones are notes, which bind nobody.
+_BINDING = {"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "enum", "const", "contains",
+            "minContains", "maxContains", "uniqueItems", "prefixItems", "additionalItems", "unevaluatedItems",
+            "patternProperties", "propertyNames", "minProperties", "maxProperties", "dependentRequired",
+            "dependentSchemas", "dependencies", "unevaluatedProperties"}.union(*_OF_TYPES.values())  # fmt: skip
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
@@ -68,12 +73,12 @@ class _Writer:
         if not _NAME.match(tool.name):
             raise RequestError(f"{self._where}: the name cannot be written in a call; leave out quotes and brackets")
         schema = self._resolved(tool.parameters)
+        self._only(schema, _OF_OBJECTS)
         if not schema.get("properties"):
             if schema.get("required"):
                 raise RequestError(f"{self._where}: required parameters {schema['required']} without properties")
             inside = ""
         else:
-            self._only(schema, _OF_OBJECTS)
             inside = self._properties(schema)
         opening = f'<invoke name="{tool.name}">'
         return self._rule("call", f'{self.ns} {literal(opening)} {inside} {self.ns} "</invoke>\\n"')
@@ -107,7 +112,7 @@ class _Writer:
         return node
 
     def _only(self, schema: Mapping[str, Any], known: set[str]) -> None:
-        if odd := sorted(set(schema) - known - _NOTES - {"type"}):
+        if odd := sorted(set(schema) & _BINDING - known):
             raise RequestError(f"{self._where}: {', '.join(odd)} in its schema cannot be enforced")
 
     def _element(self, name: str, schema: Any) -> str:
@@ -169,7 +174,7 @@ class _Writer:
                 return [option for part in schema[word] for option in self._options(part)]
         kinds = schema.get("type")
         if isinstance(kinds, list):
-            return [{**schema, "type": kind} for kind in kinds]
+            return [_of_type(schema, kind) for kind in kinds]
         if schema.get("nullable") is True and isinstance(kinds, str) and kinds != "null":
             rest = {key: value for key, value in schema.items() if key != "nullable"}
             return [rest, {"type": "null"}]
@@ -228,16 +233,22 @@ class _Writer:
 
     def _object(self, schema: Mapping[str, Any], _: bool) -> str:
         properties = schema.get("properties") or {}
-        if not properties or set(schema) - _OF_OBJECTS - _NOTES - {"type"} or not all(map(_NAME.match, properties)):
+        if not properties or set(schema) & _BINDING - _OF_OBJECTS or not all(map(_NAME.match, properties)):
             return self._json(schema)
         return f"({self._properties(schema)})"
 
     def _array(self, schema: Mapping[str, Any], _: bool) -> str:
-        if not isinstance(schema.get("items"), Mapping) or set(schema) - _OF_ARRAYS - _NOTES - {"type"}:
+        if not isinstance(schema.get("items"), Mapping) or set(schema) & _BINDING - _OF_ARRAYS:
             return self._json(schema)
         item = self._rule("item", self._element("item", schema["items"]))
         least, most = schema.get("minItems", 0), schema.get("maxItems", "")
         return f"{item}{{{least},{most}}}"
+
+
+def _of_type(schema: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """What a schema of several types says of one of them."""
+    others = set().union(*_OF_TYPES.values()) - _OF_TYPES.get(kind, set())
+    return {**{word: value for word, value in schema.items() if word not in others}, "type": kind}
 
 
 def _kind(schema: Mapping[str, Any]) -> str | None:
