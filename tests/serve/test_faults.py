@@ -84,7 +84,7 @@ def test_half_sent_requests_hold_up_nobody(running):
 
 
 def test_a_reader_that_is_slow_gets_everything_and_holds_up_nobody(running):
-    slow = connect(running, LONG | {"max_tokens": 300, "seed": 3})
+    slow = connect(running, LONG | {"max_tokens": 100, "seed": 3})
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     assert httpx.post(running.url + PATH, json=SHORT, timeout=60).status_code == 200
     received = b""
@@ -158,7 +158,7 @@ def test_sigterm_lets_answers_finish_and_takes_no_new_ones():
         first = threading.Event()
 
         def read() -> None:
-            body = LONG | {"max_tokens": 120, "seed": 1}
+            body = LONG | {"max_tokens": 50, "seed": 1}
             with httpx.stream("POST", server.url + PATH, json=body, timeout=60) as answer:
                 for line in answer.iter_lines():
                     lines.append(line)

@@ -110,9 +110,9 @@ def fuzz(running: Running, count: int, seed: int) -> dict[int, int]:
 
 
 def test_no_random_body_makes_the_server_fail(running):
-    statuses = fuzz(running, 200, seed=0)
-    assert statuses[200] > 5
-    assert statuses[400] > 100
+    statuses = fuzz(running, 80, seed=0)
+    assert statuses[200] > 3
+    assert statuses[400] > 40
     running.idle()
 
 
