@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+import torch
 from serving import Running
 
 LONG = {"messages": [{"role": "user", "content": "Tell me about yourself."}], "max_tokens": 1500, "temperature": 5,
@@ -129,6 +130,24 @@ def test_an_exception_in_a_step_fails_its_request_only(running, llm, monkeypatch
     for answer in answers.values():
         assert "secret" not in answer.text
         assert "Traceback" not in answer.text
+
+
+def test_a_step_that_runs_out_of_memory_is_computed_in_parts(running, llm, monkeypatch):
+    healthy, refused = llm.engine.runner.run, []
+
+    def small_only(batch):
+        if batch.tokens > 40:
+            refused.append(batch.tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return healthy(batch)
+
+    monkeypatch.setattr(llm.engine.runner, "run", small_only)
+    body = SHORT | {"messages": [{"role": "user", "content": "Words that no request before this one had. " * 8}]}
+    answer = httpx.post(running.url + PATH, json=body | {"max_tokens": 3}, timeout=60)
+    monkeypatch.undo()
+    assert refused
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 3
 
 
 class Process:

@@ -37,7 +37,7 @@ WORDS = [
 
 
 def body(rng: random.Random, tokens: int) -> dict:
-    text = " ".join(rng.choices(WORDS, k=rng.choice((5, 40, 300))))
+    text = " ".join(rng.choices(WORDS, k=rng.choice((5, 20, 80))))
     return {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "seed": rng.getrandbits(30),
             "temperature": 2, "top_p": 1, "top_k": 0, "reasoning_effort": "none", "stream": True,
             "stream_options": {"include_usage": True}}  # fmt: skip
