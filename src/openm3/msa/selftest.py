@@ -235,11 +235,20 @@ def checks(backend: str, device: str) -> Iterator[tuple[str, Problem, float, Cal
             )  # fmt: skip
 
 
+def _refusal(backend: str, device: str) -> str | None:
+    """Why a backend can do nothing at all here: neither small packed float32 nor M3's decode in bf16 pages."""
+    small, large = PROBLEMS[0].draw(device, torch.float32), PROBLEMS[-1].draw(device, torch.bfloat16)
+    k, v = (PROBLEMS[-1].in_pages(x) for x in (large.k, large.v))
+    refusal = dispatch.BACKENDS[backend].refusal
+    with torch.no_grad():
+        if refusal(small.q, small.k, PROBLEMS[0].plan(device, paged=False), small.v) is None:
+            return None
+        return refusal(large.q, k, PROBLEMS[-1].plan(device, paged=True), v)
+
+
 def run(backend: str, device: str) -> Iterator[Row]:
     """All checks of one backend; one row that says why, where it cannot run on this machine at all."""
-    t, plan = PROBLEMS[0].draw(device, torch.float32), PROBLEMS[0].plan(device, paged=False)
-    with torch.no_grad():
-        reason = dispatch.BACKENDS[backend].refusal(t.q, t.k, plan, t.v)
+    reason = _refusal(backend, device)
     if backend == "triton" and device == "cpu":  # also in Triton's interpreter, which has arithmetic of its own
         reason = reason or "it needs a GPU"
     if reason is not None:
