@@ -210,7 +210,7 @@ language.__dict__.update(
     DotOperandLayout=anything,
 )  # fmt: skip
 HOPPER = dict(
-    fence_async_shared=anything, tma=SimpleNamespace(async_copy_global_to_shared=copy_page),
+    fence_async_shared=anything, tma=SimpleNamespace(async_load=copy_page),
     mbarrier=SimpleNamespace(
         MBarrierLayout=BarrierLayout, init=lambda barrier, count: barrier.init(count),
         expect=lambda barrier, count: barrier.arrive(1, count), arrive=lambda barrier, count: barrier.arrive(count),

@@ -187,7 +187,7 @@ def test_a_fetched_picture_is_seen_and_the_real_rules_refuse_this_machine(web, l
 def test_an_uploaded_picture_is_seen_by_its_id(client):
     file = client.files.create(file=("shapes.png", PICTURE), purpose="vision")
     assert (file.filename, file.bytes, file.id[:5]) == ("shapes.png", len(PICTURE), "file-")
-    assert [f.id for f in client.files.list()] == [file.id]
+    assert file.id in [f.id for f in client.files.list()]
     assert client.files.content(file.id).content == PICTURE
     part = {"type": "image_url", "image_url": {"url": file.id}}
     question = [{"role": "user", "content": [part, STAR]}]

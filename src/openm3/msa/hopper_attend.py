@@ -15,12 +15,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from openm3.msa.hopper_select import barrier
+from openm3.msa.hopper_select import barrier, load_page
 
 INF = gl.constexpr(float("inf"))
 LN2 = gl.constexpr(0.6931471805599453)
@@ -42,10 +41,10 @@ def _bring(
         page = gl.load(table + block)
         mbarrier.wait(k_empty.index(stage), free)
         mbarrier.expect(k_full.index(stage), k_pages.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_pages, [page, r, 0, 0], k_full.index(stage), k_ring.index(stage))
+        load_page(k_pages, [page, r, 0, 0], k_full.index(stage), k_ring.index(stage))
         mbarrier.wait(v_empty.index(stage), free)
         mbarrier.expect(v_full.index(stage), v_pages.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_pages, [page, r, 0, 0], v_full.index(stage), v_ring.index(stage))
+        load_page(v_pages, [page, r, 0, 0], v_full.index(stage), v_ring.index(stage))
 
 
 @gluon.jit

@@ -17,7 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since Triton 3.7, and in 3.6
+# Names that changed: since Triton 3.7, and in 3.6; since 3.9, and before.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+load_page = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 INF = gl.constexpr(float("inf"))
 ROWS = gl.constexpr(128)  # of one warpgroup
@@ -33,7 +35,7 @@ def _bring_pages(k_pages, ring, full, empty, table, begin, end, STAGES: gl.const
         page = gl.load(table + block)
         mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(stage), k_pages.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_pages, [page, 0, 0], full.index(stage), ring.index(stage))
+        load_page(k_pages, [page, 0, 0], full.index(stage), ring.index(stage))
 
 
 @gluon.jit
