@@ -119,11 +119,9 @@ class LLM:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if stream and len(texts) != 1:
             raise RequestError(f"generate: {len(texts)} prompts with stream=True, must be one; stream them one by one")
-        wanted = _each(params)
-        if stream and len(wanted) != 1:
-            raise RequestError(f"n = {len(wanted)}: must be 1 with stream=True")
+        _require_one(params, stream)
         encode = self.processor.tokenizer.encode
-        requests = [self._request(encode(t, specials=True), p, grammar=grammar) for t in texts for p in wanted]
+        requests = [r for text in texts for r in self.requests(encode(text, specials=True), params, grammar)]
         if stream:
             return self._stream(requests[0])
         return [
@@ -150,13 +148,11 @@ class LLM:
         Bad messages, media or tools raise a ValueError here, before anything runs.
         """
         prompt = self._prompt(messages, thinking, tools, image_options, video_options)
-        wanted = _each(params)
-        if len(wanted) > 1:
-            if stream:
-                raise RequestError(f"n = {len(wanted)}: must be 1 with stream=True")
-            done = self._run(self._chat_request(prompt, p, grammar) for p in wanted)
-            return [_answer(request, OutputParser(tools, prompt.thinking)) for request in done]
-        events = self._events(self._chat_request(prompt, params, grammar), OutputParser(tools, prompt.thinking))
+        _require_one(params, stream)
+        requests = self.requests(prompt, params, grammar)
+        if len(requests) > 1:
+            return [_answer(request, OutputParser(tools, prompt.thinking)) for request in self._run(requests)]
+        events = self._events(requests[0], OutputParser(tools, prompt.thinking))
         return events if stream else _collect(events)
 
     def chat_batch(
@@ -171,7 +167,7 @@ class LLM:
     ) -> list[ChatResult]:
         """Answers many conversations in one continuous batch; thinking and tools: one for all or a list of one each."""
         n = len(conversations)
-        if len(_each(params)) > 1:
+        if params is not None and params.n > 1:
             raise RequestError(f"n = {params.n}: chat_batch gives each conversation one answer; use chat")
         modes = [thinking] * n if isinstance(thinking, str) else thinking
         one_each = tools is not None and any(t is None or isinstance(t, list) for t in tools)
@@ -186,7 +182,7 @@ class LLM:
             for messages, mode, toolset in zip(conversations, modes, toolsets):
                 prompt = self._prompt(messages, mode, toolset, image_options, video_options)
                 parsers.append(OutputParser(toolset, prompt.thinking))
-                yield self._chat_request(prompt, params)
+                yield from self.requests(prompt, params)
 
         done = self._run(requests())
         return [_answer(request, parser) for request, parser in zip(done, parsers)]
@@ -196,10 +192,17 @@ class LLM:
         options = {name: value for name, value in options.items() if value is not None}
         return self.processor.prepare(messages, tools=tools, thinking=thinking, **options)
 
-    def _chat_request(self, prompt: Prompt, params: SamplingParams | None, grammar: Grammar | None = None) -> Request:
-        return self._request(
-            prompt.input_ids, params, prompt.images, prompt.videos, grammar=grammar, thinking=prompt.thinking
-        )
+    def requests(
+        self, prompt: Prompt | list[int], params: SamplingParams | None = None, grammar: Grammar | None = None
+    ) -> list[Request]:
+        """The params.n requests of a prompt, or of token ids as they are, for `engine.add`; a seed counts up.
+
+        Raises RequestError for one that cannot fit, or a grammar that is none."""
+        wanted = _each(params)
+        if isinstance(prompt, list):
+            return [self._request(prompt, p, grammar=grammar) for p in wanted]
+        media = prompt.images, prompt.videos
+        return [self._request(prompt.input_ids, p, *media, grammar=grammar, thinking=prompt.thinking) for p in wanted]
 
     def _request(
         self,
@@ -318,6 +321,11 @@ def _media(ids: list[int], images: list[Any], videos: list[Any], config: M3Confi
 
     items = [MediaItem(m.pixels, m.grid_thw, m.tokens, m.digest) for m in (*images, *videos)]
     return Media(items, positions, rows=[next(rows[ids[i]]) for i in positions])
+
+
+def _require_one(params: SamplingParams | None, stream: bool) -> None:
+    if stream and params is not None and params.n > 1:
+        raise RequestError(f"n = {params.n}: must be 1 with stream=True")
 
 
 def _each(params: SamplingParams | None) -> list[SamplingParams | None]:

@@ -56,16 +56,18 @@ class StopFinder:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.stops = stops
         self.held = ""  # a text that some stop string may begin with
+        self.found: str | None = None  # the stop string that came
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that is certainly no part of a stop string, whether one was found; the text ends before it)."""
         if not self.stops:
             return text, False
         text = self.held + text
-        found = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self.stops if (start := text.find(stop)) >= 0]
         if found:
             self.held = ""
-            return text[: min(found)[1]], True
+            _, start, self.found = min(found)
+            return text[:start], True
         longest = min(len(text), max(map(len, self.stops)) - 1)
         keep = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stops)), 0)
         self.held = text[len(text) - keep :]

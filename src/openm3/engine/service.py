@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from openm3.engine.llm import LLM, _each
+from openm3.engine.llm import LLM
 from openm3.engine.output import Finish
 from openm3.engine.request import Grammar, Request, RequestError, SamplingParams, State
 from openm3.processing import ContentDelta, OutputParser, ThinkingDelta, ToolCall
@@ -89,12 +89,7 @@ class Stream:
     @property
     def stop_string(self) -> str | None:
         """The stop string that ended the answer, if one did."""
-        request = self.request
-        if request.finish_reason != "stop" or not request.params.stop or request.token_ids[-1] in request.eos_ids:
-            return None
-        text = self._service.llm.processor.tokenizer.decode(request.output_ids)
-        ends = {text.find(stop) + len(stop): stop for stop in request.params.stop if stop in text}
-        return ends[min(ends)] if ends else None
+        return self.request.output.stops.found
 
     def cancel(self) -> None:
         """Ends the request and frees its pages; nothing happens if it has ended already. From any thread."""
@@ -254,7 +249,7 @@ class Service:
 
         def prepare(llm: LLM) -> list[tuple[Request, OutputParser | None]]:
             prompt = llm.processor.prepare(messages, tools=tools, **options)
-            requests = [llm._chat_request(prompt, p, grammar) for p in _each(params)]
+            requests = llm.requests(prompt, params, grammar)
             for request in requests:
                 request.priority = priority
             return [(request, OutputParser(tools, prompt.thinking)) for request in requests]
@@ -275,8 +270,7 @@ class Service:
         """
 
         def prepare(llm: LLM) -> list[tuple[Request, OutputParser | None]]:
-            ids = [_ids(prompt, llm) for prompt in prompts]
-            requests = [llm._request(i, p, grammar=grammar) for i in ids for p in _each(params)]
+            requests = [r for prompt in prompts for r in llm.requests(_ids(prompt, llm), params, grammar)]
             for request in requests:
                 request.priority = priority
             return [(request, None) for request in requests]
