@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
+import os
+import platform
 import socket
 import threading
 import time
@@ -17,6 +20,7 @@ from openm3.engine import LLM
 from openm3.serve import ServeOptions, create_app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SOAK = Path(__file__).parents[2] / "benchmarks" / "results" / "serve_soak.json"
 WEATHER = {
     "type": "function",
     "function": {
@@ -32,6 +36,14 @@ WEATHER = {
 ASK_WEATHER = "Get the weather with city Paris, unit celsius. What is the temperature?"
 PARIS = {"city": "Paris", "unit": "celsius"}
 RESULT = '{"city": "Paris", "temperature": 21}'
+
+
+def record(test: str, **figures: Any) -> None:
+    """Prints what a long check found and keeps it beside the benchmarks' results."""
+    print(test, figures)
+    known = json.loads(SOAK.read_text()) if SOAK.exists() else {}
+    known[test] = figures | {"machine": f"{platform.machine()} CPU, {os.cpu_count()} cores"}
+    SOAK.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def data_url(name: str, kind: str) -> str:

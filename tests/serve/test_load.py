@@ -12,28 +12,12 @@ import httpx
 import psutil
 import pytest
 import torch
-from serving import Running, serving
+from serving import Running, record, serving
 
 from openm3.engine import LLM
 
 PATH = "/v1/chat/completions"
-WORDS = [
-    "the",
-    "code",
-    "of",
-    "a",
-    "blue",
-    "lantern",
-    "and",
-    "green",
-    "kite",
-    "was",
-    "found",
-    "on",
-    "that",
-    "red",
-    "door",
-]
+WORDS = ["the", "code", "of", "a", "blue", "lantern", "and", "green", "kite", "was", "on", "that", "red", "door"]
 
 
 def body(rng: random.Random, tokens: int) -> dict:
@@ -90,7 +74,8 @@ def test_64_streams_for_5_minutes():
         together = tokens / (time.monotonic() - begun)
         running.idle(60)
         grown = process.memory_info().rss - resident
-    print(f"{answers} answers; {together:.0f} tokens/s together, {single:.0f} one at a time; {grown / 1e6:.0f} MB more")
+    record("64 streams for 5 minutes", answers=answers, tokens_per_second=round(together),
+           one_at_a_time=round(single), more_megabytes=round(grown / 1e6))  # fmt: skip
     assert together >= 3 * single
     assert grown < 200e6
 
@@ -113,7 +98,8 @@ def test_a_second_turn_about_a_document_starts_ten_times_sooner():
         talk += [answer["choices"][0]["message"], {"role": "user", "content": "And of the kite?"}]
         second, again = first_token()
     prompt, cached = answer["usage"]["prompt_tokens"], again["usage"]["prompt_tokens_details"]["cached_tokens"]
-    print(f"{prompt} tokens: first turn {first:.2f} s, second {second:.3f} s, {cached} from the cache")
+    record("a second turn about a document", prompt_tokens=prompt, cached_tokens=cached,
+           first_turn_seconds=round(first, 2), second_turn_seconds=round(second, 3))  # fmt: skip
     assert prompt >= 4000
     assert cached > 0.95 * prompt
     assert first >= 10 * second
