@@ -15,7 +15,7 @@ from openm3.train.recipes.nano.retrieval import LONGEST
 from openm3.train.recipes.nano.tasks import TASKS
 
 MIX = {  # share of the tokens
-    "pictures": 0.33, "digits": 0.05, "clips": 0.08, "retrieval": 0.13, "arithmetic": 0.16, "tools": 0.15,
+    "pictures": 0.31, "digits": 0.05, "clips": 0.08, "retrieval": 0.15, "arithmetic": 0.16, "tools": 0.15,
     "dialogue": 0.05, "chat": 0.01, "document": 0.01, "continue": 0.005, "echo": 0.025,
 }  # fmt: skip
 TYPICAL = {  # tokens of a typical sample, measured; they turn shares of tokens into chances of a draw
