@@ -85,7 +85,7 @@ def test_a_second_turn_about_a_document_starts_ten_times_sooner():
     llm = LLM("openm3-nano", cache_tokens=40_000)
     with serving(lambda: llm) as running, httpx.Client(base_url=running.url, timeout=300) as client:
         rng = random.Random(5)
-        document = " ".join(rng.choices(WORDS, k=3400))
+        document = " ".join(rng.choices(WORDS, k=3700))
         talk = [{"role": "user", "content": document + " What is the code of the red door?"}]
 
         def first_token() -> tuple[float, dict]:
