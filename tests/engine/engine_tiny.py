@@ -17,3 +17,16 @@ def tiny_config() -> M3Config:
     )  # fmt: skip
     vision = VisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     return M3Config(text=text, vision=vision, projector_hidden_size=32, image_token_id=IMAGE, video_token_id=VIDEO)
+
+
+def next_token(tokens: list[int], vocab: int = 1000) -> int:
+    """What a stand-in for a model says after these tokens: it depends on all of them."""
+    return hash(tuple(tokens)) % vocab
+
+
+def continued(prompt: list[int], n: int, vocab: int = 1000) -> list[int]:
+    """Its answer of n tokens."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(next_token(tokens, vocab))
+    return tokens[len(prompt) :]

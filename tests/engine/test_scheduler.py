@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from engine_tiny import continued, next_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,17 +14,6 @@ from openm3.engine.scheduler import Scheduler
 
 def make_request(prompt: list[int], max_tokens: int) -> Request:
     return Request(prompt, SamplingParams(), max_tokens=max_tokens)
-
-
-def next_token(tokens: list[int]) -> int:
-    return hash(tuple(tokens)) % 1000
-
-
-def expected(prompt: list[int], n: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(n):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
 
 
 class Machine:
@@ -98,7 +88,7 @@ def test_everyone_finishes_once_with_the_right_answer_and_every_page_comes_back(
             assert request.finish_reason == "cancelled"
         else:
             assert request.finish_reason == "length"
-            assert request.output_ids == expected(request.prompt_ids, request.max_tokens)
+            assert request.output_ids == continued(request.prompt_ids, request.max_tokens)
 
 
 def test_a_long_prompt_never_starves_running_answers():
@@ -143,8 +133,8 @@ def test_the_youngest_gives_up_its_pages_and_is_computed_again():
         preempted |= young.state is State.WAITING and young.generated > 0
         assert old.state is not State.WAITING
     assert preempted
-    assert old.output_ids == expected([1, 2], 6)
-    assert young.output_ids == expected([3, 4], 6)
+    assert old.output_ids == continued([1, 2], 6)
+    assert young.output_ids == continued([3, 4], 6)
 
 
 def test_a_request_larger_than_the_whole_cache_is_refused_with_both_sizes():

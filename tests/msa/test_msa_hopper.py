@@ -16,6 +16,8 @@ from msa_cases import Case
 from openm3.msa import hopper_backend, triton_backend
 
 triton = pytest.importorskip("triton")
+import triton_targets  # noqa: E402
+
 HERE = Path(__file__).parent
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 STEP = Case((1, 1), (4096, 2000), hkv=4, group=16, hi=4, d=128, di=128, block=128, topk=16, dtype=BF16)
@@ -56,35 +58,6 @@ def step_kernels():
     return [*names, (hopper_pick, "pick_step")]
 
 
-def compiled(kernel, args, options):
-    """A recorded launch, of Triton or Gluon, compiled for sm_90a."""
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from triton_targets import TYPES
-
-    names, signature, special = kernel.arg_names, {}, {}
-    options = dict(options, PDL=True) if "PDL" in names else dict(options)
-    constants = {name: options.pop(name) for name in names if name in options}
-    for i, (name, value) in enumerate(zip(names, args)):
-        if type(value).__name__ == "TensorDescriptor":
-            shape = str(list(value.block_shape)).replace(" ", "")
-            layout = f",{value.layout!r}" if kernel.is_gluon() else ""
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{shape}{layout}>"
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        whole = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if whole and not kernel.params[i].do_not_specialize:
-            special[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constants, "constexpr")
-    constants = {(names.index(name),): value for name, value in constants.items()}
-    source = (GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource)(kernel, signature, constants, special)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
 def run_step(case, monkeypatch, fp8=False):
     t, plan = case.tensors().in_pages(), case.paged()
     index_k, k, v = (x.to(FP8) if fp8 else x for x in (t.index_k, t.k, t.v))
@@ -114,7 +87,7 @@ def test_every_decode_launch_compiles_and_two_programs_share_a_multiprocessor(ca
         "score_step", "pick_step", "attend_step", "combine_step", "attend_step", "combine_step",
     ]  # fmt: skip
     for kernel, _, args, options in launches:
-        found = compiled(kernel, args, options)
+        found = triton_targets.compiled(kernel, args, options, 90)
         assert found.metadata.shared <= 113 << 10, kernel.__name__
         assert found.asm["cubin"]
         assert "griddepcontrol.wait" in found.asm["ptx"]
@@ -135,12 +108,12 @@ def test_the_score_of_a_prompt_compiles_for_warpgroups_and_fits(heads, monkeypat
     with recorded(monkeypatch, kernels) as launches:
         hopper_backend.select_blocks(t.index_q, t.index_k, plan, scores=False)
     (kernel, grid, args, options), (pick, rows, *launch) = launches
-    assert compiled(pick, *launch).asm["cubin"]
+    assert triton_targets.compiled(pick, *launch, 90).asm["cubin"]
     tiles = grid[0]
     # The first 952 queries of 3000 see 16 blocks and take all of them.
     assert tiles == rows[0] // 256 == 2048 * heads // 256 + 1
     assert grid[1] == 8  # of 4 blocks each
-    found = compiled(kernel, args, options)
+    found = triton_targets.compiled(kernel, args, options, 90)
     assert found.metadata.shared <= 227 << 10
     ptx = found.asm["ptx"]
     assert "st.local" not in ptx
@@ -163,7 +136,7 @@ def test_the_attention_of_a_prompt_compiles_and_softmax_runs_beside_a_product(mo
     names = [launch[0].__name__ for launch in launches]
     assert names == ["unite_blocks", "attend_tiles", *["attend_gathered", "join_slots"] * 4, "attend_tiles"]
     for kernel, grid, args, options in (launches[1], launches[2], launches[3], launches[-1]):
-        found = compiled(kernel, args, options)
+        found = triton_targets.compiled(kernel, args, options, 90)
         ptx = found.asm["ptx"]
         assert "st.local" not in ptx
         assert found.metadata.shared <= (227 if kernel is hopper_attend.attend_tiles else 113) << 10

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu_checks import attend, captured_step_follows_lengths, waits_for_nothing
 from msa_cases import Case, offsets, relative
 
 from openm3.msa import Plan, hopper_backend, reference
@@ -47,15 +48,6 @@ def on_gpu(case: Case):
     sizes = case.sizes | {"positions": None if case.positions is None else case.sizes["positions"].cuda()}
     plan = Plan.paged(case.page_table().cuda(), list(case.lens_k), offsets(case.lens_q), **sizes)
     return replace(t, **{name: getattr(t, name).cuda() for name in NAMES}), plan
-
-
-def attend(module, t, blocks, plan, *scales):
-    if module is reference:
-        return reference.attention(t.q, t.k, t.v, blocks, plan, 0.1, *scales)
-    assert hopper_backend.refusal(t.q, t.k, plan, t.v) is None
-    if blocks is None:
-        return hopper_backend.dense_attention(t.q, t.k, t.v, plan, 0.1, *scales)
-    return hopper_backend.sparse_attention(t.q, t.k, t.v, blocks, plan, 0.1, *scales)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -153,13 +145,7 @@ def test_a_pool_of_more_than_2_to_the_32_elements():
 def test_no_call_waits_for_the_device(lens_q):
     case = Case(lens_q, (4000, 2500, 64), hkv=4, hi=4, group=16, topk=16, **FAMILY)
     t, plan = on_gpu(case)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        blocks, _ = hopper_backend.select_blocks(t.index_q, t.index_k, plan)
-        attend(hopper_backend, t, blocks, plan)
-        attend(hopper_backend, t, None, plan)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    waits_for_nothing(hopper_backend, t, plan)
 
 
 @pytest.mark.parametrize("programmatic", [True, False])
@@ -169,25 +155,4 @@ def test_a_captured_decode_step_follows_lengths_that_change(programmatic, monkey
     case = Case((1,) * 4, (9000, 64, 2065, 4000), hkv=4, hi=4, group=16, topk=16, integers=True, **FAMILY)
     t, plan = on_gpu(case)
     t = replace(t, q=t.q / 8)
-
-    def step():
-        blocks, _ = hopper_backend.select_blocks(t.index_q, t.index_k, plan, scores=False)
-        return blocks, *attend(hopper_backend, t, blocks, plan), *attend(hopper_backend, t, None, plan)
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        blocks, out, lse, dense, dense_lse = step()
-    for shorter in (0, 1, 40, 63):
-        plan.positions.copy_(torch.tensor(case.lens_k) - 1 - shorter)
-        graph.replay()
-        torch.cuda.synchronize()
-        wanted = reference.select_blocks(t.index_q, t.index_k, plan)[0]
-        assert torch.equal(blocks, wanted)
-        for found, chosen in (((out, lse), wanted), ((dense, dense_lse), None)):
-            exact, exact_lse = attend(reference, t.double(), chosen, plan)
-            assert relative(found[0], exact) <= 5e-3
-            assert torch.allclose(found[1], exact_lse, rtol=1e-4, atol=1e-4)
+    captured_step_follows_lengths(hopper_backend, t, plan, case.lens_k)

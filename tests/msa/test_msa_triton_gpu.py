@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu_checks import attend, captured_step_follows_lengths, waits_for_nothing
 from msa_cases import Case, offsets, relative
 
 from openm3.msa import Plan, reference, triton_backend
@@ -50,14 +51,6 @@ def on_gpu(case: Case, paged: bool):
     else:
         plan = Plan.packed(offsets(case.lens_q), offsets(case.lens_k), device="cuda", **sizes)
     return replace(t, **{n: getattr(t, n).cuda() for n in NAMES}), plan
-
-
-def attend(module, t, blocks, plan):
-    if module is reference:
-        return reference.attention(t.q, t.k, t.v, blocks, plan, 0.1)
-    if blocks is None:
-        return triton_backend.dense_attention(t.q, t.k, t.v, plan, 0.1)
-    return triton_backend.sparse_attention(t.q, t.k, t.v, blocks, plan, 0.1)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -130,37 +123,10 @@ def test_fp8_caches_are_dequantized_as_the_definition_says(lens_q, block):
 def test_no_call_waits_for_the_device(paged):
     case = Case((300, 1, 64), (900, 70, 64), d=64, di=64, block=64, topk=4, dtype=torch.bfloat16)
     t, plan = on_gpu(case, paged)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        blocks, _ = triton_backend.select_blocks(t.index_q, t.index_k, plan)
-        attend(triton_backend, t, blocks, plan)
-        attend(triton_backend, t, None, plan)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    waits_for_nothing(triton_backend, t, plan)
 
 
 def test_a_captured_decode_step_follows_lengths_that_change():
     case = Case((1,) * 4, (900, 64, 65, 2000), d=128, di=128, block=64, topk=4, group=16, dtype=torch.bfloat16)
     t, plan = on_gpu(case.but(integers=True), True)
-
-    def step():
-        blocks, _ = triton_backend.select_blocks(t.index_q, t.index_k, plan, scores=False)
-        return blocks, *attend(triton_backend, t, blocks, plan), *attend(triton_backend, t, None, plan)
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        blocks, out, lse, dense, dense_lse = step()
-    for shorter in (0, 1, 40, 63):
-        plan.positions.copy_(torch.tensor(case.lens_k) - 1 - shorter)
-        graph.replay()
-        torch.cuda.synchronize()
-        wanted = reference.select_blocks(t.index_q, t.index_k, plan)[0]
-        assert torch.equal(blocks, wanted)
-        for found, chosen in (((out, lse), wanted), ((dense, dense_lse), None)):
-            exact, exact_lse = attend(reference, t.double(), chosen, plan)
-            assert relative(found[0], exact) <= 5e-3
-            assert torch.allclose(found[1], exact_lse, rtol=1e-4, atol=1e-4)
+    captured_step_follows_lengths(triton_backend, t, plan, case.lens_k)

@@ -21,12 +21,11 @@ from torch import Tensor
 from openm3.engine.request import Grammar, Request, RequestError
 from openm3.engine.tool_grammar import json_options, literal, tools_grammar
 from openm3.processing import Tokenizer, read_tools
+from openm3.processing.parser import END_THINK, NS, THINK
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-NAMESPACE = "]<]minimax[>["
-THINK, END_THINK = "<mm:think>", "</mm:think>"
 KEPT_GRAMMARS = 64  # compiled ones that are kept for the next request with the same
 
 
@@ -86,7 +85,7 @@ class Guides:
         if grammar.kind == "choice":
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(literal, grammar.value)))
         lark = tools_grammar(
-            read_tools(grammar.value), self.tokenizer.special_id(NAMESPACE), required=grammar.required,
+            read_tools(grammar.value), self.tokenizer.special_id(NS), required=grammar.required,
             parallel=grammar.parallel,
         )  # fmt: skip
         return LLMatcher.grammar_from_lark(lark)

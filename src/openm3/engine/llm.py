@@ -20,7 +20,7 @@ from openm3.engine.core import Engine
 from openm3.engine.guide import Guides
 from openm3.engine.memory import cache_pages
 from openm3.engine.output import ChatResult, Completion, Finish, TextOutput
-from openm3.engine.request import Grammar, Media, MediaItem, Request, RequestError, SamplingParams, State
+from openm3.engine.request import Grammar, Media, MediaItem, Request, RequestError, SamplingParams, State, TooLongError
 from openm3.engine.runner import Runner
 from openm3.processing import ContentDelta, OutputParser, Processor, ThinkingDelta, ToolCall
 
@@ -238,12 +238,12 @@ class LLM:
         context, capacity = self.config.text.max_position_embeddings, self.engine.scheduler.capacity
         needed = prompt_tokens + 1
         if needed > context:
-            raise RequestError(
+            raise TooLongError(
                 f"the prompt has {prompt_tokens} tokens and needs {needed} with an answer; the model's context is "
                 f"{context} tokens (max_position_embeddings): shorten the prompt"
             )
         if needed > capacity:
-            raise RequestError(
+            raise TooLongError(
                 f"the prompt has {prompt_tokens} tokens and needs {needed} with an answer; the cache holds {capacity} "
                 f"tokens: raise cache_tokens or shorten the prompt"
             )

@@ -26,6 +26,10 @@ class RequestError(ValueError):
     """A request that cannot be served; the message names the value and what is possible."""
 
 
+class TooLongError(RequestError):
+    """A request of more tokens than the model's context, the cache or a limit allows."""
+
+
 def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
     if not ok:
         raise RequestError(f"{name} = {value!r}: {allowed}")

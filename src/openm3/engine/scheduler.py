@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from openm3.engine.pages import PagePool
 from openm3.engine.prefix import extend_keys
-from openm3.engine.request import Request, RequestError, State
+from openm3.engine.request import Request, RequestError, State, TooLongError
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Scheduler:
         """Queues a request. RequestError if it could not fit even with the pool to itself."""
         needed = len(request.prompt_ids) + request.max_tokens
         if needed > self.capacity:
-            raise RequestError(
+            raise TooLongError(
                 f"the request needs {needed} tokens of cache (prompt {len(request.prompt_ids)} + max_tokens "
                 f"{request.max_tokens}), the cache holds {self.capacity}; raise cache_tokens or shorten the request"
             )

@@ -178,12 +178,7 @@ def _select_tiles(index_q: Tensor, index_k: Tensor, plan: Plan, scores: bool) ->
 
     (tokens, heads, _), device, tuning = index_q.shape, index_q.device, TUNING
     strips = strips_of(plan, heads, TILE_ROWS, scores)
-    ids, own = torch.arange(plan.topk, dtype=torch.int32, device=device), plan.positions // BLOCK
-    if strips.covers_all:
-        blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
-    else:
-        blocks = torch.where(ids <= own[:, None], ids, -1).repeat(heads, 1, 1)
-    values = torch.empty(blocks.shape, dtype=torch.float32, device=device) if scores else None
+    blocks, values = triton_backend._selected(strips, heads, tokens, plan, scores)
     if not strips.cuts:
         return blocks, values
     found = torch.empty(strips.size, dtype=torch.float32, device=device)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan
-from openm3.msa.triton_tiles import Tiles, strips_of, tiles_of
+from openm3.msa.triton_tiles import Strips, Tiles, strips_of, tiles_of
 
 __all__ = ["dense_attention", "refusal", "select_blocks", "sparse_attention"]
 
@@ -153,12 +153,7 @@ def select_blocks(
     small = single or d > 128
     bm = max(min(ROWS[small], pad(heads * plan.max_q)), pad(heads))
     strips = strips_of(plan, heads, bm, scores)
-    if strips.covers_all:
-        blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
-    else:
-        ids, own = torch.arange(plan.topk, dtype=torch.int32, device=device), plan.positions // block
-        blocks = torch.where(ids <= own[:, None], ids, -1).repeat(heads, 1, 1)
-    values = torch.empty(blocks.shape, dtype=torch.float32, device=device) if scores else None
+    blocks, values = _selected(strips, heads, tokens, plan, scores)
     if not strips.cuts:
         return blocks, values
     found = torch.empty(strips.size, dtype=torch.float32, device=device)
@@ -192,6 +187,16 @@ def select_blocks(
     if scores and paged and index_k_scale is not None and not by_page:
         values *= index_k_scale
     return blocks, values
+
+
+def _selected(strips: Strips, heads: int, tokens: int, plan: Plan, scores: bool) -> tuple[Tensor, Tensor | None]:
+    """Where a selection goes; queries of no strip have their blocks, all they see, already."""
+    if strips.covers_all:
+        blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=plan.device)
+    else:
+        ids, own = torch.arange(plan.topk, dtype=torch.int32, device=plan.device), plan.positions // plan.block_size
+        blocks = torch.where(ids <= own[:, None], ids, -1).repeat(heads, 1, 1)
+    return blocks, torch.empty(blocks.shape, dtype=torch.float32, device=plan.device) if scores else None
 
 
 def _keys_a_program(keys: int, tiles: int, step: int, device: torch.device) -> int:

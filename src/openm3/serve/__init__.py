@@ -1,8 +1,8 @@
 """HTTP: the APIs of OpenAI and Anthropic over the engine, media, limits, metrics and the web page. No model code.
 
 The rooms read in this order: options (every limit), errors (each API's own shape), gate (what stands before every
-request), media and files (where pictures and videos come from), generation (what the APIs share), one file an API,
-metrics, app.
+request), media and files (where pictures and videos come from), generation (what the APIs share), grammars (what
+an answer is held to), one file an API, metrics, app.
 """
 
 from __future__ import annotations

@@ -10,16 +10,16 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from openm3.engine import Finish, Grammar
+from openm3.engine import Finish
 from openm3.engine.service import Stream
 from openm3.processing import ContentDelta, ThinkingDelta, ToolCall
 from openm3.serve.errors import ApiError, error_body, json_response
 from openm3.serve.generation import (
     Answer,
     EventStream,
-    Loose,
     Sampling,
     Server,
+    StreamOptions,
     Thinking,
     arguments_json,
     gathered,
@@ -28,23 +28,11 @@ from openm3.serve.generation import (
     sse,
     submitted,
     thinking_mode,
-    tool_grammar,
 )
+from openm3.serve.grammars import StructuredOutputs, response_grammar, structured_grammar, tool_grammar
 
 PATH = "/v1/chat/completions"
 MIN_LOGPROB = -9999.0  # JSON has no infinity
-
-
-class StreamOptions(Loose):
-    include_usage: bool = False
-
-
-class StructuredOutputs(Loose):
-    """What the answer must be, one of the three."""
-
-    json_schema: dict[str, Any] | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
 
 
 class ChatBody(Sampling):
@@ -121,32 +109,6 @@ async def _submit(server: Server, body: ChatBody) -> list[Stream]:
                                      priority=body.priority, **options)  # fmt: skip
 
 
-def response_grammar(given: dict[str, Any] | None) -> Grammar | None:
-    """OpenAI's `response_format` as a grammar."""
-    kind = (given or {"type": "text"}).get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return Grammar("json", True)
-    inner = given.get("json_schema", given)
-    schema = inner.get("schema") if isinstance(inner, dict) else None
-    if kind != "json_schema" or not isinstance(schema, dict):
-        raise ApiError(400, "response_format: type must be text, json_object, or json_schema with json_schema.schema",
-                       param="response_format")  # fmt: skip
-    return Grammar("json", schema)
-
-
-def structured_grammar(given: StructuredOutputs | None) -> Grammar | None:
-    """`structured_outputs` as a grammar."""
-    if given is None:
-        return None
-    found = [(kind, value) for kind, value in (("json", given.json_schema), ("regex", given.regex),
-                                               ("choice", given.choice)) if value is not None]  # fmt: skip
-    if len(found) != 1:
-        raise ApiError(400, "structured_outputs: must hold one of json, regex and choice", param="structured_outputs")
-    return Grammar(*found[0])
-
-
 def message(answer: Answer) -> dict[str, Any]:
     out: dict[str, Any] = {"role": "assistant", "content": answer.content or (None if answer.calls else "")}
     if answer.reasoning:
@@ -175,7 +137,8 @@ def usage(streams: list[Stream]) -> dict[str, Any]:
 
 def _logprobs(stream: Stream, start: int, server: Server) -> tuple[dict[str, Any], int]:
     """(OpenAI's logprobs of the tokens from `start` on that are neither thinking nor markers, where they end)."""
-    records, tokenizer = list(stream.request.logprobs), server.service.llm.processor.tokenizer
+    start = max(start, stream.reasoning_tokens)
+    records, tokenizer = stream.request.logprobs[start:], server.service.llm.processor.tokenizer
     markers = stream.request.eos_ids | set(tokenizer.specials.values())
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -183,8 +146,8 @@ def _logprobs(stream: Stream, start: int, server: Server) -> tuple[dict[str, Any
         return {"token": raw.decode(errors="replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
 
     content = [entry(r.token, r.logprob) | {"top_logprobs": [entry(*top) for top in r.top]}
-               for r in records[max(start, stream.reasoning_tokens) :] if r.token not in markers]  # fmt: skip
-    return {"content": content, "refusal": None}, len(records)
+               for r in records if r.token not in markers]  # fmt: skip
+    return {"content": content, "refusal": None}, start + len(records)
 
 
 async def _chunks(server: Server, head: dict[str, Any], streams: list[Stream], body: ChatBody) -> AsyncIterator[bytes]:

@@ -13,9 +13,20 @@ from starlette.responses import Response
 from openm3.engine import Finish, Grammar, TokenLogprobs
 from openm3.engine.service import Stream
 from openm3.processing import Tokenizer
-from openm3.serve.chat import MIN_LOGPROB, StreamOptions, StructuredOutputs, response_grammar, structured_grammar
+from openm3.serve.chat import MIN_LOGPROB
 from openm3.serve.errors import ApiError, error_body, json_response
-from openm3.serve.generation import EventStream, Sampling, Server, gathered, merged, new_id, sse, submitted
+from openm3.serve.generation import (
+    EventStream,
+    Sampling,
+    Server,
+    StreamOptions,
+    gathered,
+    merged,
+    new_id,
+    sse,
+    submitted,
+)
+from openm3.serve.grammars import StructuredOutputs, response_grammar, structured_grammar
 
 PATH = "/v1/completions"
 DEFAULT_TOKENS = 16
@@ -59,7 +70,7 @@ def router(server: Server) -> APIRouter:
             text = _echoed(stream, server) if body.echo else ""
             reason = answer.finish_reason if body.max_tokens != 0 else "length"
             choices.append({"index": i, "text": text + (answer.content if body.max_tokens != 0 else ""),
-                            "finish_reason": reason, "logprobs": _logprobs(server, stream, body)})  # fmt: skip
+                            "finish_reason": reason, "logprobs": _logprobs(server, stream, body)[0]})  # fmt: skip
         return json_response(head | {"choices": choices, "usage": _usage(streams, body)})
 
     return routes
@@ -108,23 +119,26 @@ def _records(stream: Stream, body: CompletionBody) -> list[TokenLogprobs | None]
     return [*(request.prompt_logprobs if body.echo else ()), *answer]
 
 
-def _logprobs(server: Server, stream: Stream, body: CompletionBody) -> dict[str, list[Any]] | None:
-    """OpenAI's older form of logprobs: parallel lists, the first token of an echoed prompt without a value."""
+def _logprobs(
+    server: Server, stream: Stream, body: CompletionBody, start: tuple[int, int] = (0, 0)
+) -> tuple[dict[str, list[Any]] | None, tuple[int, int]]:
+    """(OpenAI's older form of logprobs, from `start` on, where they end), places in tokens and characters: parallel
+    lists, the first token of an echoed prompt without a value."""
     if body.logprobs is None:
-        return None
-    tokenizer = server.service.llm.processor.tokenizer
+        return None, start
+    tokenizer, (first, offset) = server.service.llm.processor.tokenizer, start
     ids = [*(stream.request.prompt_ids if body.echo else ()), *stream.request.output_ids]
-    records = _records(stream, body)
-    tokens = [_token(tokenizer, token) for token, _ in zip(ids, records)]
-    offsets = [0]
-    for token, _ in zip(ids, records):
+    records, offsets = _records(stream, body)[first:], [offset]
+    ids = ids[first : first + len(records)]
+    for token in ids:
         offsets.append(offsets[-1] + len(tokenizer.token_bytes(token).decode(errors="replace")))
-    return {
-        "tokens": tokens,
+    logprobs = {
+        "tokens": [_token(tokenizer, token) for token in ids],
         "token_logprobs": [None if r is None else max(r.logprob, MIN_LOGPROB) for r in records],
         "top_logprobs": [None if r is None else _top(tokenizer, r) for r in records],
         "text_offset": offsets[:-1],
     }
+    return logprobs, (first + len(records), offsets[-1])
 
 
 def _top(tokenizer: Tokenizer, record: TokenLogprobs) -> dict[str, float]:
@@ -153,14 +167,10 @@ def _usage(streams: list[Stream], body: CompletionBody) -> dict[str, Any]:
 async def _chunks(
     server: Server, head: dict[str, Any], streams: list[Stream], body: CompletionBody
 ) -> AsyncIterator[bytes]:
-    sent = [0] * len(streams)
+    sent = [(0, 0)] * len(streams)  # tokens and characters whose logprobs are out
 
     def chunk(i: int, text: str, reason: str | None = None) -> bytes:
-        logprobs = _logprobs(server, streams[i], body)
-        if logprobs is not None:
-            new = len(logprobs["tokens"])
-            logprobs = {name: values[sent[i] : new] for name, values in logprobs.items()}
-            sent[i] = new
+        logprobs, sent[i] = _logprobs(server, streams[i], body, sent[i])
         return sse(head | {"choices": [{"index": i, "text": text, "finish_reason": reason, "logprobs": logprobs}]})
 
     if body.echo:

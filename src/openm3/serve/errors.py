@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from openm3.engine.request import TooLongError
 from openm3.engine.service import Busy, StepFailed, Unavailable
 
 ANTHROPIC_PATH = "/v1/messages"
@@ -44,10 +45,10 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="rate_limit_exceeded")
     if isinstance(error, StepFailed):
         return ApiError(500, str(error))
+    if isinstance(error, TooLongError):
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, ValueError):  # of the processor and the engine: one line, with the place and the value
-        message = str(error)
-        too_long = "context is" in message or "the cache holds" in message
-        return ApiError(400, message, code="context_length_exceeded" if too_long else None)
+        return ApiError(400, str(error))
     return ApiError(500, INTERNAL)
 
 

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from openm3.engine import Finish, Grammar, SamplingParams
+from openm3.engine import Finish, SamplingParams
+from openm3.engine.request import TooLongError
 from openm3.engine.service import Event, Service, Stream
-from openm3.processing import ContentDelta, ThinkingDelta, ToolCall, read_tools
+from openm3.processing import ContentDelta, ThinkingDelta, ToolCall
 from openm3.serve.errors import INTERNAL, ApiError, api_error, dump
 from openm3.serve.files import FileStore
 from openm3.serve.media import MediaSource
@@ -59,6 +60,10 @@ class Loose(BaseModel):
     """A part of a request whose other fields say nothing to the model (`cache_control`, `annotations`) and are kept."""
 
     model_config = ConfigDict(extra="allow")
+
+
+class StreamOptions(Loose):
+    include_usage: bool = False
 
 
 class Thinking(Body):
@@ -123,33 +128,6 @@ def thinking_mode(
     return EFFORTS[effort]
 
 
-def tool_grammar(
-    choice: Any, tools: list[dict[str, Any]] | None, parallel: bool
-) -> tuple[list[dict[str, Any]] | None, Grammar | None]:
-    """(the tools to offer, what the answer is held to) for OpenAI's `tool_choice` in the shape of chat completions.
-
-    The grammar is there where the caller asks for more than the model gives by itself: a call that must come, a tool by
-    name, one call at most, or arguments that are valid by a schema marked strict. Raises ToolError for a bad tool.
-    """
-    read_tools(tools)
-    if choice in (None, "auto"):
-        strict = any(tool["function"].get("strict") for tool in tools or ())
-        held = tools and (strict or not parallel)
-        return tools, Grammar("tools", tools, required=False, parallel=parallel) if held else None
-    if choice == "none":
-        return None, None
-    if not tools:
-        raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
-    if choice == "required":
-        return tools, Grammar("tools", tools, parallel=parallel)
-    function = choice.get("function") if isinstance(choice, dict) else None
-    named = [tool for tool in tools if isinstance(function, dict) and tool["function"]["name"] == function.get("name")]
-    if not named:
-        raise ApiError(400, "tool_choice: must be auto, none, required or a function that is among the tools",
-                       param="tool_choice")  # fmt: skip
-    return tools, Grammar("tools", named, parallel=False)
-
-
 # --- answers ------------------------------------------------------------------------------------------------------
 
 
@@ -201,8 +179,7 @@ async def submitted(request: Request, server: Server, work: Awaitable[list[Strea
     longest = max(len(stream.request.prompt_ids) for stream in streams)
     if limit is not None and longest > limit:
         cancel(streams)
-        raise ApiError(400, f"the prompt has {longest} tokens, this server takes at most {limit}",
-                       code="context_length_exceeded")  # fmt: skip
+        raise TooLongError(f"the prompt has {longest} tokens, this server takes at most {limit}")
     return streams
 
 

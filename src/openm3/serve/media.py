@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -135,6 +136,15 @@ class Fetcher:
         return b"".join(pieces)
 
 
+@dataclass
+class _Seen:
+    """What one request says of its media: how many, the details of its pictures, its videos' sampling options."""
+
+    count: int = 0
+    details: set[str] = field(default_factory=set)
+    videos: dict[str, Any] = field(default_factory=dict)
+
+
 class MediaSource:
     """Replaces what messages say of media by the media's bytes."""
 
@@ -147,45 +157,41 @@ class MediaSource:
         Media are OpenAI's parts, `image_url` and `video_url`. One request has one setting for its pictures and one
         for its videos: where details differ, the highest counts. Raises ApiError.
         """
-        count = 0
-        details: set[str] = set()
-        videos: dict[str, Any] = {}
+        seen = _Seen()
         out = []
         for i, message in enumerate(messages):
             content = message.get("content") if isinstance(message, dict) else None
-            if not isinstance(content, list):
-                out.append(message)
-                continue
-            parts = []
-            for j, part in enumerate(content):
-                where = f"messages[{i}].content[{j}]"
-                kind = part.get("type") if isinstance(part, dict) else None
-                if kind not in ("text", "image_url", "video_url"):
-                    raise ApiError(400, f"{where}: a part of type {kind!r}; must be text, image_url or video_url",
-                                   param="messages")  # fmt: skip
-                if kind == "text":
-                    parts.append(part)
-                    continue
-                count += 1
-                if count > self._options.max_media:
-                    raise ApiError(400, f"{where}: more than {self._options.max_media} pictures and videos",
-                                   param="messages")  # fmt: skip
-                given = part.get(kind)
-                given = {"url": given} if isinstance(given, str) else given
-                if not isinstance(given, dict) or not isinstance(given.get("url"), str):
-                    raise ApiError(400, f"{where}: {kind} must hold a url, a string", param="messages")
-                if kind == "image_url":
-                    details.add(_detail(given.get("detail"), where))
-                else:
-                    _merge(videos, given, where)
-                parts.append({"type": KINDS[kind], KINDS[kind]: await self._bytes(given["url"], where)})
-            out.append(message | {"content": parts})
+            if isinstance(content, list):
+                parts = [await self._part(part, f"messages[{i}].content[{j}]", seen) for j, part in enumerate(content)]
+                message = message | {"content": parts}
+            out.append(message)
         options: dict[str, Any] = {}
-        if details == {"low"}:
+        if seen.details == {"low"}:
             options["image_options"] = DETAILS["low"]
-        if videos:
-            options["video_options"] = VideoOptions(**videos)
+        if seen.videos:
+            options["video_options"] = VideoOptions(**seen.videos)
         return out, options
+
+    async def _part(self, part: Any, where: str, seen: _Seen) -> dict[str, Any]:
+        """A part of a message, its medium's bytes in place of where they are."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            return part
+        if kind not in KINDS:
+            raise ApiError(400, f"{where}: a part of type {kind!r}; must be text, image_url or video_url",
+                           param="messages")  # fmt: skip
+        seen.count += 1
+        if seen.count > self._options.max_media:
+            raise ApiError(400, f"{where}: more than {self._options.max_media} pictures and videos", param="messages")
+        given = part.get(kind)
+        given = {"url": given} if isinstance(given, str) else given
+        if not isinstance(given, dict) or not isinstance(given.get("url"), str):
+            raise ApiError(400, f"{where}: {kind} must hold a url, a string", param="messages")
+        if kind == "image_url":
+            seen.details.add(_detail(given.get("detail"), where))
+        else:
+            _merge(seen.videos, given, where)
+        return {"type": KINDS[kind], KINDS[kind]: await self._bytes(given["url"], where)}
 
     async def _bytes(self, url: str, where: str) -> bytes | str:
         """What a URL or a file's id stands for; a data: URL stays as it is, the processor reads it."""

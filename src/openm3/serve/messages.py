@@ -12,7 +12,6 @@ from starlette.responses import Response
 from openm3.engine import Finish, Grammar
 from openm3.engine.service import Stream
 from openm3.processing import ContentDelta, ThinkingDelta
-from openm3.serve.chat import response_grammar
 from openm3.serve.errors import ANTHROPIC_PATH, ApiError, error_body, json_response
 from openm3.serve.generation import (
     Answer,
@@ -29,8 +28,8 @@ from openm3.serve.generation import (
     sse,
     submitted,
     thinking_mode,
-    tool_grammar,
 )
+from openm3.serve.grammars import response_grammar, tool_grammar
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 

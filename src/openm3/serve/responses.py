@@ -15,7 +15,6 @@ from starlette.responses import Response
 from openm3.engine import Finish
 from openm3.engine.service import Stream
 from openm3.processing import ContentDelta, ThinkingDelta, ToolCall
-from openm3.serve.chat import response_grammar
 from openm3.serve.errors import ApiError, error_body, json_response
 from openm3.serve.generation import (
     Answer,
@@ -30,8 +29,8 @@ from openm3.serve.generation import (
     sse,
     submitted,
     thinking_mode,
-    tool_grammar,
 )
+from openm3.serve.grammars import response_grammar, tool_grammar
 
 PATH = "/v1/responses"
 TEXTS = ("input_text", "output_text", "text")
