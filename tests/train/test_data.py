@@ -143,8 +143,8 @@ from openm3.train.data import BatchLoader
 if __name__ == "__main__":
     with BatchLoader(CopySource(samples=18), workers=2, prefetch=200) as loader:
         next(loader), next(loader)  # both workers are up
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)  # inside: Ctrl-C comes as soon as this line is read
             while True:
                 pass
         except KeyboardInterrupt:
