@@ -21,7 +21,7 @@ STEP = {FP32: 2.0**-22, BF16: 2.0**-7, FP16: 2.0**-10, FP8: 2.0**-3}  # from a v
 
 
 def before_rope(x, half):
-    """Bounds of the values that RoPE made x of: what is rounded there stays, also where the two of a pair cancel out."""
+    """Bounds of the values that RoPE made x of: their rounding stays, also where the two of a pair cancel out."""
     pair = torch.hypot(x[..., :half], x[..., half : 2 * half])
     return torch.cat((pair, pair, x[..., 2 * half :].abs()), -1)
 
