@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.msa import decode
+from openm3.msa import cpu_decode, decode
 from openm3.msa.keys import Scale, pages_of, rows_of, wide
 from openm3.msa.plan import Plan, to_device
 
@@ -26,7 +26,10 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """Without `scores`, queries that see no more blocks than they may select take all of them, unscored."""
     own = plan.positions // plan.block_size
-    if decode.fits(plan) and (scores or plan.max_k > plan.topk * plan.block_size):
+    choosing = scores or plan.max_k > plan.topk * plan.block_size
+    if choosing and cpu_decode.fits(index_q, index_k, plan):
+        return pick_blocks(cpu_decode.block_scores(index_q, index_k, plan), own, plan)
+    if choosing and decode.fits(plan):
         return pick_blocks(decode.block_scores(index_q, index_k, plan, index_k_scale), own, plan)
     ids = torch.arange(plan.topk, dtype=torch.int32, device=index_q.device)
     blocks = torch.where(ids <= own[:, None], ids, -1).repeat(index_q.shape[1], 1, 1)

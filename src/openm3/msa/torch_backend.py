@@ -1,6 +1,6 @@
 """Attention on any device with PyTorch's own ops: memory linear in T + N, differentiable. Which way a plan takes:
 
-one query for each of several sequences        one batched product (`decode.py`)
+one query for each sequence                    in C on a CPU (`cpu_decode.py`), else one batched product (`decode.py`)
 many queries on a GPU                          one FlexAttention kernel (`flex.py`)
 else, sequence by sequence                     sparse: sorted tiles (`tiles.py`); dense: PyTorch's fused CPU kernel
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.msa import decode, flex, tiles
+from openm3.msa import cpu_decode, decode, flex, tiles
 from openm3.msa.keys import Scale, rows_of, sequence_keys, wide
 from openm3.msa.plan import Plan
 from openm3.msa.selection import select_blocks
@@ -31,6 +31,8 @@ def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float,
     k_scale: Scale = None, v_scale: Scale = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if cpu_decode.fits(q, k, plan) and v.dtype == k.dtype:
+        return cpu_decode.attention(q, k, v, blocks, plan, softmax_scale)
     if decode.fits(plan):
         return decode.attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
     if _use_flex(q, k):
@@ -83,6 +85,8 @@ def _join(outs: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale = None, v_scale: Scale = None
 ) -> tuple[Tensor, Tensor]:
+    if cpu_decode.fits(q, k, plan) and v.dtype == k.dtype:
+        return cpu_decode.attention(q, k, v, None, plan, softmax_scale)
     if decode.fits(plan):
         return decode.attention(q, k, v, None, plan, softmax_scale, k_scale, v_scale)
     if _use_flex(q, k):
