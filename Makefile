@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := src/openm3/msa/cpu_decode.c  # compiled by the installation
+OLDEST := $(VENV)/triton-oldest  # that of the oldest supported PyTorch: kernels compile under it too
 
 .PHONY: chat test lint soak clean
 
@@ -33,6 +34,7 @@ $(VENV)/.base: $(VENV)/.torch pyproject.toml $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(BIN)/pip install -q -e ".[test]"
+	@[ "$$(uname)" != Linux ] || $(BIN)/pip install -q --no-deps --upgrade --target $(OLDEST) triton==3.6.0
 	@touch $@ $(VENV)/.base
 
 clean:
