@@ -311,7 +311,7 @@ def test_the_guide_s_example_runs_as_written(tmp_path):
     (code,) = [part.split("```")[0] for part in guide.read_text(encoding="utf-8").split("```python\n")[1:]]
     assert code.count("steps=300") == 1
     (tmp_path / "guide.py").write_text(code.replace("steps=300", "steps=21"))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "guide.py"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
