@@ -15,7 +15,8 @@ if not triton.knobs.runtime.interpret:
 
 from triton_interpreted import an_interpreter_that_multiplies_bf16  # noqa: E402, F401
 
-from openm3.msa import hopper_backend, hopper_decode, reference, triton_attend, triton_backend  # noqa: E402
+from openm3.msa import hopper_backend, hopper_decode, hopper_exact, reference, triton_attend, triton_backend  # noqa: E402
+from openm3.msa.exact import index_error  # noqa: E402
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 STEP = Case(
@@ -84,6 +85,104 @@ def test_fp8_index_keys(scale):
     pages = t.index_k.to(FP8)
     scale = 2.0 ** (torch.arange(len(pages)) % 4) if scale == "each page" else scale
     assert_same_selection(replace(t, index_k=pages), plan, scale)
+
+
+@pytest.fixture
+def rescored(monkeypatch):
+    """Short contexts too are scanned in fp8 first. How many blocks of each row were then scored exactly, by launch."""
+    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, scan_blocks=0))
+    kernel, lengths = hopper_exact.rescore_step, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                lengths.append(args[3][:, : grid[1]])
+                kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(hopper_exact, "rescore_step", Watched())
+    return lengths
+
+
+def quantized(index_k):
+    """fp8 pages with the largest value each can have at 448, and the scales."""
+    scale = index_k.float().abs().amax((1, 2)) / 448
+    return (index_k / scale.clamp_min(1e-30)[:, None, None]).to(FP8), scale
+
+
+def assert_exact(t, plan, keys, scale):
+    """The selection from fp8 keys is that of the exact keys, scores and all."""
+    args, error = (t.index_q, keys, plan, scale), index_error(t.index_k, keys, scale)
+    wanted, scores = hopper_backend.select_blocks(t.index_q, t.index_k, plan)
+    found, values = hopper_backend.select_exactly(*args, True, t.index_k, error)
+    assert torch.equal(found, wanted)
+    assert torch.equal(values, scores)
+    assert torch.equal(hopper_backend.select_exactly(*args, False, t.index_k, error)[0], wanted)
+
+
+@pytest.mark.parametrize("case", [STEP, RAGGED, TREE, FORCED.but(lens_k=(1500, 129, 1281))])
+def test_exact_selection_from_fp8_keys_is_the_exact_keys_selection(case, rescored):
+    t, plan = case.but(integers=False).tensors().in_pages(), case.paged()
+    assert_exact(t, plan, *quantized(t.index_k))
+    assert len(rescored) == 2
+
+
+def test_a_long_context_has_few_blocks_scored_again_and_an_approximate_selection_is_another(rescored):
+    case = STEP.but(integers=False, lens_q=(1,), lens_k=(128 * 200,), hi=1)
+    t, plan = case.tensors().in_pages(), case.paged()
+    keys, scale = quantized(t.index_k)
+    assert_exact(t, plan, keys, scale)
+    wanted = hopper_backend.select_blocks(t.index_q, t.index_k, plan)[0]
+    assert not torch.equal(hopper_backend.select_blocks(t.index_q, keys, plan, scale)[0], wanted)
+    assert 8 <= int(rescored[0]) <= 50
+
+
+ONE = STEP.but(integers=False, lens_q=(1,), lens_k=(3900,), hi=1)
+
+
+def adversarial(kind, t):
+    """Index keys, their fp8 copy and its scale."""
+    keys, towards = t.index_k.float(), t.index_q[0, 0].float().sign()
+    step = torch.arange(keys[..., 0].numel()).view(keys.shape[:2])
+    if kind == "all equal":
+        keys = torch.full_like(keys, 1.03)
+    elif kind == "one huge key":
+        keys[7, 5] = 3e4
+    elif kind == "beyond the limits":
+        return keys * 600, 1.0
+    elif kind == "subnormal":
+        return keys * 2.0**-9, 1.0
+    elif kind == "vanishing":
+        return keys * 2.0**-16, 1.0
+    elif kind == "no scale":
+        return keys, torch.zeros(len(keys))
+    elif kind == "errors that all point one way":  # midway between two fp8 numbers, rounded up or down by the key
+        keys = towards * (16.0 + 2 * (step * 7 % 4) + 1)[..., None]
+    elif kind == "errors that change the order":
+        keys = towards * torch.tensor([15.5, 15.625, 16.875, 17.0, 17.125])[step * 3 % 5][..., None]
+        keys[..., ::3] *= 0.5 + (step % 11)[..., None] / 64
+    elif kind == "clustered":
+        keys = keys[:1, :1] + keys * 0.01
+    return keys, None
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["all equal", "one huge key", "beyond the limits", "subnormal", "vanishing", "no scale", "clustered",
+     "errors that all point one way", "errors that change the order"],
+)  # fmt: skip
+def test_no_key_misleads_the_exact_selection(kind, rescored):
+    t, plan = ONE.tensors().in_pages(), ONE.paged()
+    exact, scale = adversarial(kind, t)
+    t = replace(t, index_k=exact.to(BF16))
+    if scale is None:
+        keys, scale = quantized(t.index_k)
+    else:
+        keys = t.index_k.float().clamp(-448, 448).to(FP8)
+    assert_exact(t, plan, keys, scale)
+    if kind in ("all equal", "no scale"):
+        assert int(rescored[0]) == 31  # the worst case: any block may be the best
 
 
 @pytest.mark.parametrize(("case", "keys"), [(STEP, 64), (RAGGED, 64), (TREE, 64), (RAGGED, 128)])

@@ -44,6 +44,7 @@ class Tuning:
     score_warps: int = 4
     score_waves: int = 2  # programs a multiprocessor
     pick_chunk: int = 512  # blocks a warp
+    scan_blocks: int = 128  # a row of a decode step, from which on an fp8 scan is less to read than the exact keys
     attend_keys: int = 64  # keys a step
     attend_stages: int = 3
     attend_warps: int = 4
@@ -131,46 +132,98 @@ def select_blocks(
     index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale = None, scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Without `scores`, queries that see no more blocks than they may select may take all of them, unscored."""
-    heads = index_q.shape[1]
-    rows, width = pad(heads * plan.max_q), max(1, -(-plan.max_k // BLOCK))
+    rows, width = pad(index_q.shape[1] * plan.max_q), _width(plan)
     if _is_step(plan) and 4 * len(plan.lens_q) * rows * width <= plan.workspace_bytes:
-        return _select_step(index_q, index_k, plan, index_k_scale, scores, rows, width)
+        return _select_step(index_q, index_k, plan, index_k_scale, scores, None, None)
     if width <= MOST_BLOCKS and index_k.dtype == index_q.dtype and not triton_backend._interpreted():
         return _select_tiles(index_q, index_k, plan, scores)
     return triton_backend.select_blocks(index_q, index_k, plan, index_k_scale, scores)
 
 
-def _select_step(
-    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, rows: int, width: int
+def select_exactly(
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, exact: Tensor, error: Tensor
 ) -> tuple[Tensor, Tensor | None]:
+    """`select_blocks` from the keys `exact`; a long decode step reads their fp8 copy `index_k`, and few of them."""
+    rows, width = index_q.shape[1] * plan.max_q, _width(plan)
+    if not _is_step(plan) or exact.dtype != index_q.dtype or width < TUNING.scan_blocks * rows:
+        return select_blocks(index_q, exact, plan, None, scores)
+    if 8 * len(plan.lens_q) * pad(rows) * width > plan.workspace_bytes:
+        return select_blocks(index_q, exact, plan, None, scores)
+    return _select_step(index_q, index_k, plan, index_k_scale, scores, exact, error)
+
+
+def _width(plan: Plan) -> int:
+    return max(1, -(-plan.max_k // BLOCK))
+
+
+def _select_step(
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, exact: Tensor | None,
+    error: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     from openm3.msa import hopper_decode, hopper_pick
 
     (tokens, heads, _), device, batch, tuning = index_q.shape, index_q.device, len(plan.lens_q), TUNING
+    rows, width, bounds = pad(heads * plan.max_q), _width(plan), exact is not None
     blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
     values = torch.empty(blocks.shape, dtype=torch.float32, device=device) if scores else None
     found = torch.empty(batch, rows, width, dtype=torch.float32, device=device)
     index_q = index_q if index_q.stride(-1) == 1 else index_q.contiguous()
-    by_page = isinstance(index_k_scale, Tensor) and index_k_scale.dim() > 0
+    scale, scale_page, k_mul = _key_scale(index_k_scale, found)
     table, table_row = triton_backend._table(plan)
     splits, span = _split(width, batch, tuning.score_waves, device)
     chunk = pad(width, plan.topk)
     lengths = dict(EACH=_each(plan), HEADS=heads, ROWS=rows, BLOCK=BLOCK)
+    dot = triton_backend._product(index_q, index_k)["DOT"]
+    pick = _launch(min(16, max(1, chunk // tuning.pick_chunk)), plan)
     with on(device):
         hopper_decode.score_step[(splits, batch)](
-            index_q, _pages(index_k, BLOCK), index_k_scale if by_page else found, found, plan.cu_seqlens_q,
-            plan.positions, table, index_q.stride(0), index_q.stride(1), table_row,
-            index_k_scale.stride(0) if by_page else 0, width, **lengths, D=DIM, SPAN=pad(span, 1), SCALED=by_page,
-            DOT=triton_backend._product(index_q, index_k)["DOT"], STAGES=tuning.score_stages,
+            index_q, _pages(index_k, BLOCK), scale, error if bounds else found,
+            found.view(torch.int32) if bounds else found, plan.cu_seqlens_q, plan.positions, table, index_q.stride(0),
+            index_q.stride(1), table_row, scale_page, width, k_mul, **lengths, D=DIM, SPAN=pad(span, 1),
+            SCALED=scale is not found, BOUNDS=bounds, DOT=dot, STAGES=tuning.score_stages,
             **_launch(tuning.score_warps, plan),
         )  # fmt: skip
+        if bounds:
+            _rescore(index_q, exact, plan, found, table, table_row, lengths, chunk, dot, pick)
         hopper_pick.pick_step[(heads * plan.max_q, batch)](
             found, blocks, values if scores else found, plan.cu_seqlens_q, plan.positions, width, tokens, **lengths,
-            TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
-            VALUES=scores, **_launch(min(16, max(1, chunk // tuning.pick_chunk)), plan),
+            TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk, VALUES=scores, **pick,
         )  # fmt: skip
-    if scores and index_k_scale is not None and not by_page:
-        values *= index_k_scale
+    if scores and not bounds and k_mul != 1.0:
+        values *= k_mul
     return blocks, values
+
+
+def _key_scale(scale: Scale, none: Tensor) -> tuple[Tensor, int, float]:
+    """A scale as kernels take it: a tensor (`none` where there is none), its stride from page to page, a number."""
+    if not isinstance(scale, Tensor):
+        return none, 0, 1.0 if scale is None else float(scale)
+    if scale.dim():
+        return scale, scale.stride(0), 1.0
+    return (scale, 0, 1.0) if scale.device == none.device else (none, 0, float(scale))
+
+
+def _rescore(
+    index_q: Tensor, exact: Tensor, plan: Plan, found: Tensor, table: Tensor, table_row: int, lengths: dict,
+    chunk: int, dot, pick: dict,
+) -> None:  # fmt: skip
+    """Bounds of scores in `found` [B, rows, blocks] become scores, of the blocks that may be chosen."""
+    from openm3.msa import hopper_exact as kernels
+
+    (batch, _, width), heads, device, tuning = found.shape, index_q.shape[1], found.device, TUNING
+    listed = torch.empty(found.shape, dtype=torch.int32, device=device)
+    length = torch.empty(found.shape[:2], dtype=torch.int32, device=device)
+    step = (plan.cu_seqlens_q, plan.positions, table, index_q.stride(0), index_q.stride(1))
+    parts, span = _split(width, batch * heads * plan.max_q, tuning.score_waves, device)
+    kernels.shortlist_step[(heads * plan.max_q, batch)](
+        index_q, exact, found.view(torch.int32), listed, length, *step, exact.stride(0), exact.stride(1), table_row,
+        width, **lengths, D=DIM, TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
+        GROUPS=min(chunk, 4 * plan.topk), **pick,
+    )  # fmt: skip
+    kernels.rescore_step[(parts, heads * plan.max_q, batch)](
+        index_q, _pages(exact, BLOCK), listed, length, found, *step, table_row, width, **lengths, D=DIM,
+        SPAN=pad(span, 1), DOT=dot, STAGES=tuning.score_stages, **_launch(tuning.score_warps, plan),
+    )  # fmt: skip
 
 
 def _select_tiles(index_q: Tensor, index_k: Tensor, plan: Plan, scores: bool) -> tuple[Tensor, Tensor | None]:
