@@ -174,7 +174,6 @@ def _select_step(
     chunk = pad(width, plan.topk)
     lengths = dict(EACH=_each(plan), HEADS=heads, ROWS=rows, BLOCK=BLOCK)
     dot = triton_backend._product(index_q, index_k)["DOT"]
-    pick = _launch(min(16, max(1, chunk // tuning.pick_chunk)), plan)
     with on(device):
         hopper_decode.score_step[(splits, batch)](
             index_q, _pages(index_k, BLOCK), scale, error if bounds else found,
@@ -184,10 +183,11 @@ def _select_step(
             **_launch(tuning.score_warps, plan),
         )  # fmt: skip
         if bounds:
-            _rescore(index_q, exact, plan, found, table, table_row, lengths, chunk, dot, pick)
+            _rescore(index_q, exact, plan, found, table, table_row, lengths, dot)
         hopper_pick.pick_step[(heads * plan.max_q, batch)](
             found, blocks, values if scores else found, plan.cu_seqlens_q, plan.positions, width, tokens, **lengths,
-            TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk, VALUES=scores, **pick,
+            TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
+            VALUES=scores, **_launch(min(16, max(1, chunk // tuning.pick_chunk)), plan),
         )  # fmt: skip
     if scores and not bounds and k_mul != 1.0:
         values *= k_mul
@@ -204,8 +204,7 @@ def _key_scale(scale: Scale, none: Tensor) -> tuple[Tensor, int, float]:
 
 
 def _rescore(
-    index_q: Tensor, exact: Tensor, plan: Plan, found: Tensor, table: Tensor, table_row: int, lengths: dict,
-    chunk: int, dot, pick: dict,
+    index_q: Tensor, exact: Tensor, plan: Plan, found: Tensor, table: Tensor, table_row: int, lengths: dict, dot
 ) -> None:  # fmt: skip
     """Bounds of scores in `found` [B, rows, blocks] become scores, of the blocks that may be chosen."""
     from openm3.msa import hopper_exact as kernels
@@ -214,11 +213,12 @@ def _rescore(
     listed = torch.empty(found.shape, dtype=torch.int32, device=device)
     length = torch.empty(found.shape[:2], dtype=torch.int32, device=device)
     step = (plan.cu_seqlens_q, plan.positions, table, index_q.stride(0), index_q.stride(1))
+    piece = min(4096, pad(width, plan.topk))
     parts, span = _split(width, batch * heads * plan.max_q, tuning.score_waves, device)
     kernels.shortlist_step[(heads * plan.max_q, batch)](
         index_q, exact, found.view(torch.int32), listed, length, *step, exact.stride(0), exact.stride(1), table_row,
-        width, **lengths, D=DIM, TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
-        GROUPS=min(chunk, 4 * plan.topk), **pick,
+        width, **lengths, D=DIM, TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, PIECE=piece,
+        GROUPS=min(piece, 4 * plan.topk), **_launch(min(16, max(4, piece // 256)), plan),
     )  # fmt: skip
     kernels.rescore_step[(parts, heads * plan.max_q, batch)](
         index_q, _pages(exact, BLOCK), listed, length, found, *step, table_row, width, **lengths, D=DIM,

@@ -86,11 +86,14 @@ def score_step(
     out = scores_ptr + (seq * ROWS + tl.arange(0, ROWS)).to(tl.int64) * width
     nearby = begin + tl.arange(0, SPAN)
     pages = tl.load(table_ptr + seq.to(tl.int64) * table_row + nearby, mask=nearby < end, other=0)
+    if SCALED:
+        scales = tl.load(k_scale_ptr + pages.to(tl.int64) * scale_page)
     if BOUNDS:
+        errors = tl.load(k_error_ptr + pages)
         length = _lengths(q)
     for block in tl.range(begin, end, num_stages=STAGES):
-        page = nth(pages, block - begin, SPAN)
-        scores = page_scores(k_pages, page, block, q, position, BLOCK, D, DOT)
+        n = block - begin
+        scores = page_scores(k_pages, nth(pages, n, SPAN), block, q, position, BLOCK, D, DOT)
         if BOUNDS:
             order = in_order(scores.to(tl.int32, bitcast=True))
             order = tl.max((order & -BLOCK) | tl.arange(0, BLOCK)[:, None], 0)
@@ -98,9 +101,9 @@ def score_step(
         else:
             best = tl.max(scores, 0)
         if SCALED:
-            best *= tl.load(k_scale_ptr + page.to(tl.int64) * scale_page)
+            best *= nth(scales, n, SPAN)
         if BOUNDS:
-            best += length * tl.load(k_error_ptr + page) + TINY
+            best += length * nth(errors, n, SPAN) + TINY
             best = (in_order(best.to(tl.int32, bitcast=True)) & -BLOCK) | (order & (BLOCK - 1))
         tl.store(out + block, best, mask=real)
 

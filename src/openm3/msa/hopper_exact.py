@@ -25,7 +25,7 @@ LEAST = tl.constexpr(-(2**31) + 2**23 - 1)  # the order of -inf
 def shortlist_step(
     q_ptr, k_ptr, bounds_ptr, list_ptr, length_ptr, cu_q_ptr, positions_ptr, table_ptr, q_token, q_head, k_page,
     k_token, table_row, width, EACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, TOPK: tl.constexpr, LOCAL: tl.constexpr, INIT: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, TOPK: tl.constexpr, LOCAL: tl.constexpr, INIT: tl.constexpr, PIECE: tl.constexpr,
     GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: (query, index head). Any TOPK blocks bound the k-th best score from below by the worst of their own
@@ -41,14 +41,17 @@ def shortlist_step(
         token = (first + r // HEADS).to(tl.int64)
         seen = (tl.load(positions_ptr + token).to(tl.int32) + BLOCK) // BLOCK
         row = (seq * ROWS + r).to(tl.int64) * width
-        lane = tl.arange(0, CHUNK)
-        upper = tl.load(bounds_ptr + row + lane, mask=lane < seen, other=LOWEST)
-        forced = (lane < INIT) | (lane >= seen - LOCAL)
-        rank = tl.where(lane < seen, tl.where(forced, FORCED, upper), LOWEST)
-        grouped = tl.reshape(rank, [CHUNK // GROUPS, GROUPS])
-        best = tl.max(grouped, 0)
-        ids = tl.reshape(lane, [CHUNK // GROUPS, GROUPS])
-        block = tl.min(tl.where(grouped == best[None], ids, CHUNK), 0)
+        best = tl.full([GROUPS], LOWEST, tl.int32)
+        block = tl.zeros([GROUPS], tl.int32)
+        for start in range(0, seen, PIECE):
+            lane = start + tl.arange(0, PIECE)
+            rank = tl.load(bounds_ptr + row + lane, mask=lane < seen, other=LOWEST)
+            rank = tl.where((lane < seen) & ((lane < INIT) | (lane >= seen - LOCAL)), FORCED, rank)
+            rank = tl.reshape(rank, [PIECE // GROUPS, GROUPS])
+            lane = tl.reshape(lane, [PIECE // GROUPS, GROUPS])
+            here = tl.max(rank, 0)
+            block = tl.where(here > best, tl.min(tl.where(rank == here[None], lane, FORCED), 0), block)
+            best = tl.maximum(best, here)
         free = (best > LOWEST) & (best < FORCED)
         page = tl.load(table_ptr + seq.to(tl.int64) * table_row + block, mask=free, other=0).to(tl.int64)
         d = tl.arange(0, D)
@@ -60,14 +63,19 @@ def shortlist_step(
         above = tl.sum((lower[None] > lower[:, None]).to(tl.int32), 1)
         bar = tl.min(tl.where(above < TOPK, lower, INF), 0)
 
-        # Not a number: it may be anything, so it is listed.
-        hopeless = in_order(upper & -BLOCK).to(tl.float32, bitcast=True) < bar
-        listed = (lane < seen) & (forced | ~hopeless)
-        place = tl.cumsum(listed.to(tl.int32), 0) - 1
-        tl.store(list_ptr + row + place, lane, mask=listed)
-        tl.store(length_ptr + seq * ROWS + r, tl.sum(listed.to(tl.int32), 0))
         below = in_order(tl.maximum(in_order(bar.to(tl.int32, bitcast=True)) - 1, LEAST))
-        tl.store(bounds_ptr + row + lane, below + lane * 0, mask=(lane < seen) & ~listed)
+        length = tl.zeros([], tl.int32)
+        for start in range(0, seen, PIECE):
+            lane = start + tl.arange(0, PIECE)
+            upper = tl.load(bounds_ptr + row + lane, mask=lane < seen, other=LOWEST)
+            # Not a number: it may be anything, so it is listed.
+            hopeless = in_order(upper & -BLOCK).to(tl.float32, bitcast=True) < bar
+            listed = (lane < seen) & ((lane < INIT) | (lane >= seen - LOCAL) | ~hopeless)
+            place = length + tl.cumsum(listed.to(tl.int32), 0) - 1
+            tl.store(list_ptr + row + place, lane, mask=listed)
+            tl.store(bounds_ptr + row + lane, below + lane * 0, mask=(lane < seen) & ~listed)
+            length += tl.sum(listed.to(tl.int32), 0)
+        tl.store(length_ptr + seq * ROWS + r, length)
 
 
 @triton.jit(do_not_specialize=["table_row", "width"])
@@ -79,14 +87,14 @@ def rescore_step(
     """Every n-th block of one row's list, at most SPAN: its score as `score_step` has it from the same keys."""
     enter(PDL)
     part, r, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, count = queries_of(cu_q_ptr, seq, EACH)
+    _, count = queries_of(cu_q_ptr, seq, EACH)
     if r < count * HEADS:
         row = (seq * ROWS + r).to(tl.int64) * width
         length = tl.load(length_ptr + seq * ROWS + r)
         at = part + tl.arange(0, SPAN) * tl.num_programs(0)
         listed = tl.load(list_ptr + row + at, mask=at < length, other=0)
         pages = tl.load(table_ptr + seq.to(tl.int64) * table_row + listed, mask=at < length, other=0)
-        q, position, real = index_rows(q_ptr, cu_q_ptr, positions_ptr, seq, q_token, q_head, EACH, HEADS, ROWS, D, DOT)
+        q, position, _ = index_rows(q_ptr, cu_q_ptr, positions_ptr, seq, q_token, q_head, EACH, HEADS, ROWS, D, DOT)
         mine = tl.arange(0, ROWS) == r
         for n in tl.range(0, tl.cdiv(length - part, tl.num_programs(0)), num_stages=STAGES):
             block, page = nth(listed, n, SPAN), nth(pages, n, SPAN)
