@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.msa import Plan, dense_attention, select_blocks, sparse_attention
+from openm3.msa import Plan, dense_attention, index_error, select_blocks, sparse_attention
 
 PIECE = 512  # pages that the definition scores at a time
 STRIPES, DRIFT, NOISE = 4, 512, 0.15  # clustered data: see `index_vectors`
@@ -149,6 +149,14 @@ def index_vectors(
         index_k[table[:, table.shape[1] * nth // (STRIPES + 1)].long()] += common * (1 if nth else 2)
     drifting = anchors[low] * (1 - share) + anchors[low + 1] * share
     return drifting + NOISE * normal(tokens, g.index_heads, g.index_dim) + 0.5 * common
+
+
+def quantized(index_k: Tensor) -> dict[str, Tensor | None]:
+    """Index keys as an exact selection from fp8 takes them: pages with a scale each, and what they were made of."""
+    scale = index_k.abs().amax((1, 2)).float() / 448
+    keys = (index_k / scale[:, None, None]).to(torch.float8_e4m3fn)
+    error = index_error(index_k, keys, scale)
+    return dict(index_k=keys, index_k_scale=scale, index_k_exact=index_k, index_k_error=error)
 
 
 # The sides -----------------------------------------------------------------------------------------------------------
