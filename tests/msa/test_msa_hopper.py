@@ -158,11 +158,15 @@ def test_the_attention_of_a_prompt_compiles_and_softmax_runs_beside_a_product(mo
     kernels = [(hopper_attend, "attend_tiles"), (hopper_gather, "attend_gathered"), (hopper_gather, "join_slots"),
                (triton_attend, "unite_blocks")]  # fmt: skip
     with recorded(monkeypatch, kernels) as launches:
+        hopper_backend.sparse_attention(t.q, t.k.to(FP8), t.v.to(FP8), blocks, plan, 0.1, torch.ones(len(t.k), 4), 0.5)
+        fp8 = launches[1]
+        assert [launch[0].__name__ for launch in launches] == ["unite_blocks", *["attend_gathered", "join_slots"] * 4]
+        launches.clear()
         hopper_backend.sparse_attention(t.q, t.k, t.v, blocks, plan, 0.1)
         hopper_backend.dense_attention(t.q, t.k, t.v, plan, 0.1)
     names = [launch[0].__name__ for launch in launches]
     assert names == ["unite_blocks", "attend_tiles", *["attend_gathered", "join_slots"] * 4, "attend_tiles"]
-    for kernel, grid, args, options in (launches[1], launches[2], launches[3], launches[-1]):
+    for kernel, grid, args, options in (launches[1], launches[2], launches[3], launches[-1], fp8):
         found = triton_targets.compiled(kernel, args, options, 90)
         ptx = found.asm["ptx"]
         assert "st.local" not in ptx

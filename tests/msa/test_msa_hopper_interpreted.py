@@ -62,7 +62,7 @@ def assert_close(t, blocks, plan, exact=None, scales=(None, None)):
     out, lse = attend(hopper_backend, t, blocks, plan, *scales)
     wanted, wanted_lse = attend(reference, exact or t.double(), blocks, plan)
     assert out.dtype == t.q.dtype
-    assert relative(out, wanted) <= 1e-2  # the interpreter cuts to bf16 where a GPU rounds
+    assert relative(out, wanted) <= 5e-3
     assert relative(lse, wanted_lse) <= 1e-5
 
 
@@ -204,19 +204,23 @@ def test_a_split_of_any_size_gives_the_same(cards, monkeypatch):
         assert_close(t, blocks, plan)
 
 
-@pytest.mark.parametrize("scale", ["none", "number", "each page"])
-def test_fp8_caches_are_dequantized_as_the_definition_says(scale):
-    case = STEP.but(integers=False, lens_k=(700, 129, 40))
-    t, plan = case.tensors().in_pages(), case.paged()
+def assert_fp8_close(t, plan, scale, selections):
     fp8 = replace(t, k=t.k.to(FP8), v=t.v.to(FP8))
-    each = torch.rand(2, len(t.k), case.hkv, generator=torch.Generator().manual_seed(1)) + 0.5
+    each = torch.rand(2, *t.k.shape[:2], generator=torch.Generator().manual_seed(1)) + 0.5
     scales = {"none": (None, None), "number": (0.5, 2.0), "each page": (each[0], each[1])}[scale]
     wide = [
         x.double() * (1.0 if s is None else s if isinstance(s, float) else s[..., None, None])
         for x, s in zip((fp8.k.float(), fp8.v.float()), scales)
     ]
-    for blocks in (random_blocks(case, plan), None):
+    for blocks in selections:
         assert_close(fp8, blocks, plan, replace(t.double(), k=wide[0], v=wide[1]), scales)
+
+
+@pytest.mark.parametrize("scale", ["none", "number", "each page"])
+def test_fp8_caches_are_dequantized_as_the_definition_says(scale):
+    case = STEP.but(integers=False, lens_k=(700, 129, 40))
+    t, plan = case.tensors().in_pages(), case.paged()
+    assert_fp8_close(t, plan, scale, [random_blocks(case, plan), None])
 
 
 def test_lengths_updated_in_place_are_followed():
@@ -254,6 +258,14 @@ def test_many_parts_are_combined_piece_by_piece():
 PROMPT = STEP.but(lens_q=(11, 2, 1), lens_k=(1200, 130, 1), hkv=2, hi=1, integers=False)
 
 
+@pytest.fixture
+def prompts(monkeypatch):
+    """11 queries are no decode step; what the interpreter does not run is done by the portable kernel."""
+    monkeypatch.setattr(hopper_backend, "MOST_QUERIES", 10)
+    monkeypatch.setattr(hopper_backend, "_attend_step", None)
+    monkeypatch.setattr(hopper_backend, "_attend_tiles", united_by_the_portable_kernel)
+
+
 def united_by_the_portable_kernel(q, k, v, plan, scale, tiles, a, n, lists, lengths, out, lse):
     """Stands for the kernel in Gluon, which the interpreter does not run."""
     (tokens, hq, _), hkv = q.shape, k.shape[1]
@@ -275,16 +287,22 @@ def agreeing(case, plan):
 
 
 @pytest.mark.parametrize("union", [0, 1.125, 8])
-def test_each_tile_goes_its_own_way_to_the_same_result(union, monkeypatch):
-    monkeypatch.setattr(hopper_backend, "_attend_tiles", united_by_the_portable_kernel)
+def test_each_tile_goes_its_own_way_to_the_same_result(union, prompts, monkeypatch):
     tuning = replace(hopper_backend.TUNING, union=union, gather_chunk=8)
     monkeypatch.setattr(hopper_backend, "TUNING", tuning)
     t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
-    assert_close(t, agreeing(PROMPT, plan), plan)
+    blocks = agreeing(PROMPT, plan)
+    blocks[:, 8:11] = -1  # a tile without any
+    assert_close(t, blocks, plan)
 
 
-def test_a_prompt_in_pieces_under_a_small_workspace(monkeypatch):
-    monkeypatch.setattr(hopper_backend, "_attend_tiles", united_by_the_portable_kernel)
+@pytest.mark.parametrize("scale", ["number", "each page"])
+def test_a_prompt_over_fp8_pages(scale, prompts):
+    t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
+    assert_fp8_close(t, plan, scale, [agreeing(PROMPT, plan)])
+
+
+def test_a_prompt_in_pieces_under_a_small_workspace(prompts):
     t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
     blocks = agreeing(PROMPT, plan).flip(-1)  # an order nobody promised
     whole = attend(hopper_backend, t, blocks, plan)
@@ -296,7 +314,7 @@ def test_a_prompt_in_pieces_under_a_small_workspace(monkeypatch):
     assert torch.equal(whole[1], cut[1])
 
 
-def test_a_page_that_two_sequences_share_is_read_for_both(monkeypatch):
+def test_a_page_that_two_sequences_share_is_read_for_both(prompts, monkeypatch):
     monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, union=0))
     t, plan = PROMPT.tensors().in_pages(), PROMPT.paged()
     plan.page_table[1, 0] = plan.page_table[0, 0]

@@ -266,18 +266,18 @@ def sparse_attention(
     k_scale: Scale = None, v_scale: Scale = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     parts, span = _parts(q, k, plan, plan.topk * BLOCK, len(q))
-    if _is_prompt(q, k, v, plan, softmax_scale):
-        return _attend_prompt(q, k, v, blocks.contiguous(), plan, softmax_scale)
+    call = Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
+    if plan.max_q > MOST_QUERIES:
+        return _attend_prompt(call, k, v, blocks.contiguous(), plan, softmax_scale)
     if not parts:
         return triton_backend.sparse_attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
-    call = Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
     return _attend_step(call, k, v, blocks.contiguous(), plan, parts, span)
 
 
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale = None, v_scale: Scale = None
 ) -> tuple[Tensor, Tensor]:
-    if _is_prompt(q, k, v, plan, softmax_scale) and not triton_backend._interpreted():
+    if plan.max_q > MOST_QUERIES and k.dtype != FP8 and not triton_backend._interpreted():
         tiles = tiles_of(plan, TILE // (q.shape[1] // k.shape[1]))
         if 2 * len(tiles) * k.shape[1] >= triton_backend._multiprocessors(q.device):
             out, lse = _results(q)
@@ -336,10 +336,6 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
 
-def _is_prompt(q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float) -> bool:
-    return plan.max_q > MOST_QUERIES and k.dtype == v.dtype == q.dtype and softmax_scale > 0
-
-
 def _attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, tiles: Tiles, a: int, n: int,
     lists: Tensor | None, lengths: Tensor | None, out: Tensor, lse: Tensor,
@@ -360,18 +356,20 @@ def _attend_tiles(
 
 
 def _attend_prompt(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float
+    call: Call, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Each tile of neighbouring queries by the length of its union: walked as one, or its queries gathered by page."""
+    """Each tile of neighbouring queries by the length of its union: walked as one, or its queries gathered by page, as
+    those over fp8 pages all are."""
     from openm3.msa import triton_attend
 
+    q = call.q
     (tokens, heads, _), hkv, index_heads, device = q.shape, k.shape[1], len(blocks), q.device
     out, lse = _results(q)
     # Parts of the gathered queries of one KV head, and lists, stay in the workspace.
-    query_bytes = (heads // hkv) * plan.topk * (DIM * q.itemsize + 4) + index_heads * plan.topk * 64
+    query_bytes = (heads // hkv) * plan.topk * (2 * DIM + 8) + index_heads * plan.topk * 64
     most = max(UNITED, plan.workspace_bytes // query_bytes // UNITED * UNITED)
     tiles, pieces = once(plan, ("pieces", most), lambda: _pieces(plan, most))
-    limit = int(TUNING.union * plan.topk)
+    limit = (k.dtype != FP8 and int(TUNING.union * plan.topk)) or -1  # a tile without blocks has a union of 0
     for a, n, lo, hi, tile_of in pieces:
         lists = torch.empty(n, index_heads, UNITED * plan.topk, dtype=torch.int32, device=device)
         lengths = torch.empty(n, index_heads, dtype=torch.int32, device=device)
@@ -384,18 +382,19 @@ def _attend_prompt(
         if limit > 0:
             _attend_tiles(q, k, v, plan, softmax_scale, tiles, a, n, lists, lengths, out, lse)
         if limit < UNITED * plan.topk:
-            _gather(q, k, v, blocks, plan, softmax_scale, lo, hi, tile_of, lengths, out, lse)
+            _gather(call, k, v, blocks, plan, lo, hi, tile_of, lengths, out, lse)
     return out, lse
 
 
 def _gather(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float, lo: int, hi: int,
-    tile_of: Tensor, lengths: Tensor, out: Tensor, lse: Tensor,
+    call: Call, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, lo: int, hi: int, tile_of: Tensor, lengths: Tensor,
+    out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Queries lo .. hi of the tiles whose length is negative, by page; one KV head's parts at a time."""
     from openm3.msa import hopper_gather as kernels
 
-    (tokens, heads, _), hkv, index_heads, tuning = q.shape, k.shape[1], len(blocks), TUNING
+    q, hkv, index_heads, tuning = call.q, k.shape[1], len(blocks), TUNING
+    tokens, heads, _ = q.shape
     group = heads // hkv
     chosen = blocks[:, lo:hi]  # [Hi, n, topk]
     wanted = (chosen >= 0) & (lengths[tile_of.long()].T < 0)[..., None]
@@ -404,20 +403,21 @@ def _gather(
     entries = pages.shape[1]
     chunks = entries // tuning.gather_chunk + min(entries, sum(-(-n // BLOCK) for n in plan.lens_k))
     keys, order, starts = kernels.by_page(pages, len(k), tuning.gather_chunk, chunks)
-    part = torch.empty(hi - lo, group, plan.topk, DIM, dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(part.shape[:3], dtype=torch.float32, device=q.device)
+    part = torch.empty(hi - lo, group, plan.topk, DIM, dtype=torch.float16, device=q.device)
+    unit, part_lse = (torch.empty(part.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     k_map, v_map = _pages(k, BLOCK), _pages(v, BLOCK)
     share = hkv // index_heads
     with on(q.device):
         for r in range(hkv):
             kernels.attend_gathered[(chunks,)](
-                q, k_map, v_map, keys, order, starts, blocks, part, part_lse, plan.positions, q.stride(0), q.stride(1),
-                entries, chunks, lo, tokens, r, softmax_scale * math.log2(math.e), GROUP=group, SHARE=share,
-                TOPK=plan.topk, QUERIES=tuning.gather_rows // group, CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM,
-                STAGES=tuning.gather_stages, num_warps=4,
+                q, k_map, v_map, *call.scales, keys, order, starts, blocks, part, unit, part_lse, plan.positions,
+                q.stride(0), q.stride(1), *call.strides[-4:], entries, chunks, lo, tokens, r, *call.factors,
+                GROUP=group, SHARE=share, TOPK=plan.topk, QUERIES=tuning.gather_rows // group,
+                CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
+                V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages, num_warps=4,
             )  # fmt: skip
             kernels.join_slots[((hi - lo) * group,)](
-                part, part_lse, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads,
+                part, unit, part_lse, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads,
                 GROUP=group, SHARE=share, TOPK=plan.topk, D=DIM, num_warps=1,
             )  # fmt: skip
 

@@ -87,14 +87,14 @@ def rescore_step(
     """Every n-th block of one row's list, at most SPAN: its score as `score_step` has it from the same keys."""
     enter(PDL)
     part, r, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _, count = queries_of(cu_q_ptr, seq, EACH)
+    _first, count = queries_of(cu_q_ptr, seq, EACH)
     if r < count * HEADS:
         row = (seq * ROWS + r).to(tl.int64) * width
         length = tl.load(length_ptr + seq * ROWS + r)
         at = part + tl.arange(0, SPAN) * tl.num_programs(0)
         listed = tl.load(list_ptr + row + at, mask=at < length, other=0)
         pages = tl.load(table_ptr + seq.to(tl.int64) * table_row + listed, mask=at < length, other=0)
-        q, position, _ = index_rows(q_ptr, cu_q_ptr, positions_ptr, seq, q_token, q_head, EACH, HEADS, ROWS, D, DOT)
+        q, position, _real = index_rows(q_ptr, cu_q_ptr, positions_ptr, seq, q_token, q_head, EACH, HEADS, ROWS, D, DOT)
         mine = tl.arange(0, ROWS) == r
         for n in tl.range(0, tl.cdiv(length - part, tl.num_programs(0)), num_stages=STAGES):
             block, page = nth(listed, n, SPAN), nth(pages, n, SPAN)
