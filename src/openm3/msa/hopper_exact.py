@@ -18,7 +18,6 @@ from openm3.msa.hopper_pick import FORCED, LOWEST, enter, queries_of
 from openm3.msa.triton_select import in_order
 
 ROUNDING = tl.constexpr(2.0**-13)  # of |q_i k_i| summed: what two float32 sums of at most 256 numbers may differ by
-LEAST = tl.constexpr(-(2**31) + 2**23 - 1)  # the order of -inf
 
 
 @triton.jit(do_not_specialize=["table_row", "width"])
@@ -32,7 +31,7 @@ def shortlist_step(
     lower bounds, and a block's is the exact score of any one of its keys. Of GROUPS disjoint groups of blocks each
     offers its most promising block and there the best fp8 key; the TOPK best of these keys make the bar.
 
-    What is not listed gets the highest score below the bar, which `pick_step` will not choose.
+    What is not listed gets the bar for its score: lower bounds are lower than scores, so `pick_step` will not choose it.
     """
     enter(PDL)
     seq, r = tl.program_id(1), tl.program_id(0)
@@ -63,7 +62,6 @@ def shortlist_step(
         above = tl.sum((lower[None] > lower[:, None]).to(tl.int32), 1)
         bar = tl.min(tl.where(above < TOPK, lower, INF), 0)
 
-        below = in_order(tl.maximum(in_order(bar.to(tl.int32, bitcast=True)) - 1, LEAST))
         length = tl.zeros([], tl.int32)
         for start in range(0, seen, PIECE):
             lane = start + tl.arange(0, PIECE)
@@ -73,7 +71,7 @@ def shortlist_step(
             listed = (lane < seen) & ((lane < INIT) | (lane >= seen - LOCAL) | ~hopeless)
             place = length + tl.cumsum(listed.to(tl.int32), 0) - 1
             tl.store(list_ptr + row + place, lane, mask=listed)
-            tl.store(bounds_ptr + row + lane, below + lane * 0, mask=(lane < seen) & ~listed)
+            tl.store(bounds_ptr + row + lane, bar.to(tl.int32, bitcast=True) + lane * 0, mask=(lane < seen) & ~listed)
             length += tl.sum(listed.to(tl.int32), 0)
         tl.store(length_ptr + seq * ROWS + r, length)
 
