@@ -31,7 +31,7 @@ def shortlist_step(
     lower bounds, and a block's is the exact score of any one of its keys. Of GROUPS disjoint groups of blocks each
     offers its most promising block and there the best fp8 key; the TOPK best of these keys make the bar.
 
-    What is not listed gets the bar for its score: lower bounds are lower than scores, so `pick_step` will not choose it.
+    What is not listed gets the bar for its score: lower bounds are below all scores, so `pick_step` passes it over.
     """
     enter(PDL)
     seq, r = tl.program_id(1), tl.program_id(0)
