@@ -185,6 +185,17 @@ def test_no_key_misleads_the_exact_selection(kind, rescored):
         assert int(rescored[0]) == 31  # the worst case: any block may be the best
 
 
+@pytest.mark.parametrize("error", [torch.inf, torch.nan])
+def test_an_error_without_bound_lists_its_page(error, rescored):
+    t, plan = ONE.tensors().in_pages(), ONE.paged()
+    keys, scale = quantized(t.index_k)
+    errors = index_error(t.index_k, keys, scale)
+    errors[plan.page_table[0, ::2].long()] = error
+    found, _ = hopper_backend.select_exactly(t.index_q, keys, plan, scale, True, t.index_k, errors)
+    assert torch.equal(found, hopper_backend.select_blocks(t.index_q, t.index_k, plan)[0])
+    assert int(rescored[0]) >= 16
+
+
 @pytest.mark.parametrize(("case", "keys"), [(STEP, 64), (RAGGED, 64), (TREE, 64), (RAGGED, 128)])
 def test_attention_is_the_references(case, keys, monkeypatch):
     monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, attend_keys=keys))

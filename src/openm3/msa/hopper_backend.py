@@ -160,6 +160,8 @@ def _select_step(
     index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, exact: Tensor | None,
     error: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    import triton.language as tl
+
     from openm3.msa import hopper_decode, hopper_pick
 
     (tokens, heads, _), device, batch, tuning = index_q.shape, index_q.device, len(plan.lens_q), TUNING
@@ -173,13 +175,14 @@ def _select_step(
     splits, span = _split(width, batch, tuning.score_waves, device)
     chunk = pad(width, plan.topk)
     lengths = dict(EACH=_each(plan), HEADS=heads, ROWS=rows, BLOCK=BLOCK)
-    dot = triton_backend._product(index_q, index_k)["DOT"]
+    narrow, dot = index_k.dtype == FP8, triton_backend._product(index_q, index_q)["DOT"]
     with on(device):
         hopper_decode.score_step[(splits, batch)](
             index_q, _pages(index_k, BLOCK), scale, error if bounds else found,
             found.view(torch.int32) if bounds else found, plan.cu_seqlens_q, plan.positions, table, index_q.stride(0),
             index_q.stride(1), table_row, scale_page, width, k_mul, **lengths, D=DIM, SPAN=pad(span, 1),
-            SCALED=scale is not found, BOUNDS=bounds, DOT=dot, STAGES=tuning.score_stages,
+            SCALED=scale is not found, NARROW=narrow, BOUNDS=bounds, DOT=tl.float16 if narrow else dot,
+            STAGES=tuning.score_stages,
             **_launch(tuning.score_warps, plan),
         )  # fmt: skip
         if bounds:
@@ -189,8 +192,6 @@ def _select_step(
             TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
             VALUES=scores, **_launch(min(16, max(1, chunk // tuning.pick_chunk)), plan),
         )  # fmt: skip
-    if scores and not bounds and k_mul != 1.0:
-        values *= k_mul
     return blocks, values
 
 

@@ -66,9 +66,8 @@ def shortlist_step(
         for start in range(0, seen, PIECE):
             lane = start + tl.arange(0, PIECE)
             upper = tl.load(bounds_ptr + row + lane, mask=lane < seen, other=LOWEST)
-            # Not a number: it may be anything, so it is listed.
-            hopeless = in_order(upper & -BLOCK).to(tl.float32, bitcast=True) < bar
-            listed = (lane < seen) & ((lane < INIT) | (lane >= seen - LOCAL) | ~hopeless)
+            within = in_order(upper & -BLOCK).to(tl.float32, bitcast=True) >= bar
+            listed = (lane < seen) & ((lane < INIT) | (lane >= seen - LOCAL) | within)
             place = length + tl.cumsum(listed.to(tl.int32), 0) - 1
             tl.store(list_ptr + row + place, lane, mask=listed)
             tl.store(bounds_ptr + row + lane, bar.to(tl.int32, bitcast=True) + lane * 0, mask=(lane < seen) & ~listed)
@@ -92,7 +91,8 @@ def rescore_step(
         at = part + tl.arange(0, SPAN) * tl.num_programs(0)
         listed = tl.load(list_ptr + row + at, mask=at < length, other=0)
         pages = tl.load(table_ptr + seq.to(tl.int64) * table_row + listed, mask=at < length, other=0)
-        q, position, _real = index_rows(q_ptr, cu_q_ptr, positions_ptr, seq, q_token, q_head, EACH, HEADS, ROWS, D, DOT)
+        q, position, _real = index_rows(q_ptr, cu_q_ptr, positions_ptr, seq, q_token, q_head, EACH, HEADS, ROWS, D)
+        q = q.to(DOT)
         mine = tl.arange(0, ROWS) == r
         for n in tl.range(0, tl.cdiv(length - part, tl.num_programs(0)), num_stages=STAGES):
             block, page = nth(listed, n, SPAN), nth(pages, n, SPAN)

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openm3.msa.hopper_decode import EXPONENT
 from openm3.msa.triton_select import to_dot
 
 INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
-EXPONENT = tl.constexpr(0x7F800000)  # the bits of a positive float32 that make it a power of two
 
 
 def by_page(pages: Tensor, pool: int, chunk: int, most: int) -> tuple[Tensor, Tensor, Tensor]:

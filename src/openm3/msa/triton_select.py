@@ -17,8 +17,8 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def to_dot(x, DOT: tl.constexpr):
-    """To the dtype of a product, exactly; fp8 by way of float32, because sm_89 has no other way to bf16."""
-    if x.dtype == tl.float8e4nv:
+    """To the dtype of a product, exactly; fp8 to bf16 by way of float32, because sm_89 has no other."""
+    if x.dtype == tl.float8e4nv and tl.bfloat16 == DOT:
         x = x.to(tl.float32)
     return x.to(DOT)
 
