@@ -129,13 +129,13 @@ def test_exact_selection_from_fp8_keys_is_the_exact_keys_selection(case, rescore
 
 
 def test_a_long_context_has_few_blocks_scored_again_and_an_approximate_selection_is_another(rescored):
-    case = STEP.but(integers=False, lens_q=(1,), lens_k=(128 * 200,), hi=1)
+    case = STEP.but(integers=False, lens_q=(1,), lens_k=(128 * 110,), hi=1)
     t, plan = case.tensors().in_pages(), case.paged()
     keys, scale = quantized(t.index_k)
     assert_exact(t, plan, keys, scale)
     wanted = hopper_backend.select_blocks(t.index_q, t.index_k, plan)[0]
     assert not torch.equal(hopper_backend.select_blocks(t.index_q, keys, plan, scale)[0], wanted)
-    assert 8 <= int(rescored[0]) <= 50
+    assert 8 <= int(rescored[0]) <= 55
 
 
 ONE = STEP.but(integers=False, lens_q=(1,), lens_k=(3900,), hi=1)

@@ -21,7 +21,7 @@ from openm3.msa.triton_select import in_order, to_dot
 
 INF = tl.constexpr(float("inf"))
 EXPONENT = tl.constexpr(0x7F800000)  # the bits of a positive float32 that make it a power of two
-LARGEST = tl.constexpr(2.0**127)
+LARGEST = tl.constexpr(3.4e38)
 TINY = tl.constexpr(2.0**-100)  # more than what products may lose that are too small for float32
 LN2 = tl.constexpr(0.6931471805599453)
 
