@@ -182,8 +182,7 @@ def _select_step(
             found.view(torch.int32) if bounds else found, plan.cu_seqlens_q, plan.positions, table, index_q.stride(0),
             index_q.stride(1), table_row, scale_page, width, k_mul, **lengths, D=DIM, SPAN=pad(span, 1),
             SCALED=scale is not found, NARROW=narrow, BOUNDS=bounds, DOT=tl.float16 if narrow else dot,
-            STAGES=tuning.score_stages,
-            **_launch(tuning.score_warps, plan),
+            STAGES=tuning.score_stages, **_launch(tuning.score_warps, plan),
         )  # fmt: skip
         if bounds:
             _rescore(index_q, exact, plan, found, table, table_row, lengths, dot)
