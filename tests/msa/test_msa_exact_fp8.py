@@ -89,27 +89,38 @@ def test_the_error_bounds_what_any_query_can_see_of_it(seed, size, scale):
     )
 
 
-def test_the_error_is_kept_up_token_by_token_and_a_page_begins_anew():
+@pytest.mark.parametrize("by_page", [False, True])
+def test_the_copy_and_its_error_are_kept_up_token_by_token_and_a_page_begins_anew(by_page):
     case = CHUNK.but(lens_q=(37, 40, 64))
-    t, _, keys, _ = problem(case)
-    scale, table, block = 2.0**-6, case.page_table(), case.block
-    keys = (t.index_k / scale).clamp(-448, 448).to(FP8)
-    error = torch.full((len(keys),), 1e9)  # what earlier owners of the pages left
+    t, table, block = case.tensors().in_pages(), case.page_table(), case.block
+    pages = len(t.index_k)
+    scale = 2.0**-8 * torch.ones(pages) if by_page else 2.0**-8  # keys beyond 1.75 are cut
+    keys, error = torch.zeros(t.index_k.shape).to(FP8), torch.full((pages,), 1e9)  # what earlier owners left
     done = [0, 0, 0]
     for step in ((30, 40, 1), (0, 0, 7), (7, 0, 56)):
         ends = [a + n for a, n in zip(done, step)]
         plan = msa.Plan.paged(table, ends, [0, *torch.tensor(step).cumsum(0).tolist()], block_size=block, topk=3)
-        msa.update_index_error(error, t.index_k, keys, plan, scale)
+        msa.store_index_copy(keys, error, t.index_k, plan, scale)
         done = ends
     for s, n in enumerate(case.lens_k):
         for b, page in enumerate(table[s, : -(-n // block)].tolist()):
-            wanted = _errors(t.index_k[page], keys[page], scale)[: n - b * block].max()
-            assert error[page] == wanted
+            mine = t.index_k[page, : n - b * block]
+            assert torch.equal(keys[page, : len(mine)].float(), (mine * 256).clamp(-448, 448).to(FP8).float())
+            assert not keys[page, len(mine) :].float().any()
+            assert error[page] == _errors(mine, keys[page, : len(mine)], 2.0**-8).max()
     assert error[0] == 1e9  # nobody's page
-    by_page = torch.full((len(keys),), scale)
-    again = error.clone()
-    msa.update_index_error(again, t.index_k, keys, plan, by_page)
-    assert torch.equal(again, error)
+    assert (error[1:] < 10).all()
+
+
+def test_a_copy_that_does_not_fit_is_refused():
+    _, plan, keys, copies = problem(CHUNK)
+    error, exact = copies["index_k_error"], copies["index_k_exact"]
+    with pytest.raises(ValueError, match=r"index_k_exact: .*, must be index_k's shape"):
+        msa.store_index_copy(keys, error, exact[:, :, :8], plan)
+    with pytest.raises(ValueError, match=r"index_k_scale: torch.float32 \[3\], must be float32 \[19\]"):
+        msa.store_index_copy(keys, error, exact, plan, torch.ones(3))
+    with pytest.raises(ValueError, match=r"plan.slots: the plan's keys are packed"):
+        msa.store_index_copy(keys, error, exact, CHUNK.packed())
 
 
 @pytest.mark.parametrize(

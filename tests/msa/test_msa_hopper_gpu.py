@@ -10,7 +10,7 @@ import torch
 from gpu_checks import attend, captured_step_follows_lengths, waits_for_nothing
 from msa_cases import Case, offsets, relative
 
-from openm3.msa import Plan, hopper_backend, index_error, reference, select_blocks
+from openm3.msa import Plan, hopper_backend, index_error, reference, select_blocks, store_index_copy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,6 +128,23 @@ def test_exact_selection_from_fp8_keys_is_the_exact_keys_selection(lens_q, scale
         found = select_blocks(t.index_q, keys, plan, **copies)
         assert torch.equal(found[0], wanted[0])
         assert torch.equal(found[1], wanted[1])
+
+
+def test_a_copy_of_the_index_keys_is_stored_as_on_a_cpu_without_waiting():
+    case = Case((300, 1, 16), (1000, 200, 16), hkv=2, hi=2, group=16, topk=16, **FAMILY)
+    near, (t, plan) = case.tensors().in_pages().index_k, on_gpu(case)
+    found, wanted = (
+        (torch.zeros_like(x, dtype=torch.float8_e4m3fn), torch.zeros(len(x), device=x.device))
+        for x in (t.index_k, near)
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        store_index_copy(*found, t.index_k, plan, 0.25)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    store_index_copy(*wanted, near, case.paged(), 0.25)
+    assert torch.equal(found[0].cpu().view(torch.uint8), wanted[0].view(torch.uint8))
+    assert torch.allclose(found[1].cpu(), wanted[1], rtol=1e-6)
 
 
 def test_a_captured_exact_selection_follows_lengths_that_change_and_any_number_of_candidates(monkeypatch):

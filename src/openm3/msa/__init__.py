@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from openm3.msa import dispatch, ops
-from openm3.msa.exact import index_error, update_index_error
+from openm3.msa.exact import index_error, store_index_copy
 from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan
 
 __all__ = [
     "BACKENDS", "Plan", "dense_attention", "index_error", "index_loss", "select_blocks", "sparse_attention",
-    "update_index_error",
+    "store_index_copy",
 ]  # fmt: skip
 
 BACKENDS = tuple(dispatch.BACKENDS)
@@ -53,7 +53,7 @@ def select_blocks(
     fp8 pages alone select approximately: their own scores are ranked. With the keys that they were made of beside them,
     `index_k_exact` of the same shape, the result is what those select; a backend may read the fp8 copy and only those
     exact keys whose blocks may be chosen. `index_k_error` float32 [P] says how far each page may be off: `index_error`
-    computes it, `update_index_error` keeps it. Scores must be finite then.
+    computes it, `store_index_copy` keeps it up. Scores must be finite then.
     """
     args = (index_q, index_k, plan, index_k_scale, return_scores, backend, index_k_exact, index_k_error)
     blocks, scores = _way().select_blocks(*args)

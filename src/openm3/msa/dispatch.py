@@ -120,12 +120,12 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """With `exact` and `error`: what the keys `exact` select; a backend may read their fp8 copy `index_k` first."""
     check_index(index_q, index_k, plan)
-    _check_scale("index_k_scale", index_k_scale, index_k, index_k.shape[:1])
+    check_scale("index_k_scale", index_k_scale, index_k, index_k.shape[:1])
     with torch.no_grad():
         if exact is None and error is None:
             select = function_of(backend, "select_blocks", index_q, index_k, plan)
             return select(index_q, index_k, plan, index_k_scale, scores)
-        _check_exact(index_k, plan, exact, error)
+        check_exact(index_k, plan, exact, error)
         taken = backend_of(backend, "select_blocks", index_q, exact, plan)
         if taken.select_exactly is None or taken.refusal(index_q, index_k, plan, None):
             return taken.select_blocks(index_q, exact, plan, None, scores)
@@ -138,8 +138,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sparse, or dense for blocks None. The lse carries no gradient, whichever backend computed it."""
     check_attention(q, k, v, plan)
-    _check_scale("k_scale", k_scale, k, k.shape[:2])
-    _check_scale("v_scale", v_scale, v, v.shape[:2])
+    check_scale("k_scale", k_scale, k, k.shape[:2])
+    check_scale("v_scale", v_scale, v, v.shape[:2])
     scale = _softmax_scale(softmax_scale, q)
     if blocks is None:
         attend = function_of(backend, "dense_attention", q, k, plan, v)
@@ -220,7 +220,7 @@ def _check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], plan: P
         raise ValueError(f"{name}: stride {x.stride(-1)} along its last axis, must be 1; call .contiguous()")
 
 
-def _check_scale(name: str, scale: Scale, cache: Tensor, shape: torch.Size) -> None:
+def check_scale(name: str, scale: Scale, cache: Tensor, shape: torch.Size) -> None:
     if scale is None:
         return
     if cache.dtype not in _FP8:
@@ -235,7 +235,7 @@ def _check_scale(name: str, scale: Scale, cache: Tensor, shape: torch.Size) -> N
         raise ValueError(f"{name}: on {scale.device}, must be on {cache.device}")
 
 
-def _check_exact(index_k: Tensor, plan: Plan, exact: Tensor | None, error: Tensor | None) -> None:
+def check_exact(index_k: Tensor, plan: Plan, exact: Tensor | None, error: Tensor | None) -> None:
     if exact is None or error is None:
         given, missing = ("index_k_exact", "index_k_error")[:: 1 if error is None else -1]
         raise ValueError(f"{missing}: None, must be given where {given} is")

@@ -7,10 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openm3.msa.dispatch import check_exact, check_scale
 from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan
 
 ROUNDING = 2.0**-12  # of |q| |k|: what sums in float32 over at most 256 numbers, and bounds held to 16 bits, may be off
+LIMIT = 448.0  # the largest number of e4m3
 SPARE = 1 + 2.0**-9  # for what the bound's own arithmetic rounds
 
 
@@ -25,19 +27,26 @@ def index_error(index_k_exact: Tensor, index_k: Tensor, index_k_scale: Scale = N
     return _errors(index_k_exact, index_k, scale).amax(-1)
 
 
-def update_index_error(
-    index_k_error: Tensor, index_k_exact: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale = None
+def store_index_copy(
+    index_k: Tensor, index_k_error: Tensor, index_k_exact: Tensor, plan: Plan, index_k_scale: Scale = None
 ) -> None:
-    """Keeps `index_k_error` [P] up with the keys that this step's tokens have written to both caches, in place.
+    """Once this step's tokens are in `index_k_exact`: writes them into the fp8 copy `index_k`, divided by the scale and
+    cut at 448, and keeps `index_k_error` up with them. All in place.
 
-    A page begins anew with its first token; later ones only raise its number. Waits for nothing, so that it may be
-    captured in a CUDA graph.
+    A page begins anew with its first token; later ones only raise its error. Waits for nothing, so that it may be
+    captured in a CUDA graph. ValueError for tensors that do not fit each other or the plan.
     """
-    pages, inside = plan.slots // plan.block_size, plan.slots % plan.block_size
-    scale = index_k_scale
+    slots = plan.slots
+    check_exact(index_k, plan, index_k_exact, index_k_error)
+    check_scale("index_k_scale", index_k_scale, index_k, index_k.shape[:1])
+    pages, inside = slots // plan.block_size, slots % plan.block_size
+    exact, scale = index_k_exact[pages, inside], index_k_scale
     if isinstance(scale, Tensor) and scale.dim():
         scale = scale[pages, None]
-    found = _errors(index_k_exact[pages, inside], index_k[pages, inside], scale)
+    stored = exact.float() if scale is None else exact.float() / scale
+    stored = stored.clamp(-LIMIT, LIMIT).to(index_k.dtype)
+    index_k[pages, inside] = stored
+    found = _errors(exact, stored, scale)
     old = torch.where(inside == 0, 0.0, torch.inf).to(found.dtype)
     index_k_error.scatter_reduce_(0, pages, old, "amin").scatter_reduce_(0, pages, found, "amax")
 
