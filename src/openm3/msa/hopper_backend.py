@@ -213,7 +213,7 @@ def _rescore(
     listed = torch.empty(found.shape, dtype=torch.int32, device=device)
     length = torch.empty(found.shape[:2], dtype=torch.int32, device=device)
     step = (plan.cu_seqlens_q, plan.positions, table, index_q.stride(0), index_q.stride(1))
-    piece = min(4096, pad(width, plan.topk))
+    piece = min(8192, pad(width, plan.topk))
     parts, span = _split(width, batch * heads * plan.max_q, tuning.score_waves, device)
     kernels.shortlist_step[(heads * plan.max_q, batch)](
         index_q, exact, found.view(torch.int32), listed, length, *step, exact.stride(0), exact.stride(1), table_row,
