@@ -185,6 +185,14 @@ def test_no_key_misleads_the_exact_selection(kind, rescored):
         assert int(rescored[0]) == 31  # the worst case: any block may be the best
 
 
+def test_a_row_longer_than_a_piece_is_listed_piece_by_piece(rescored, monkeypatch):
+    t, plan = ONE.tensors().in_pages(), ONE.paged()
+    assert_exact(t, plan, *quantized(t.index_k))
+    monkeypatch.setattr(hopper_backend, "LIST_PIECE", 8)
+    assert_exact(t, plan, *quantized(t.index_k))
+    assert 8 <= int(rescored[0]) < int(rescored[2]) <= 31  # the fewer groups, the lower the bar
+
+
 @pytest.mark.parametrize("error", [torch.inf, torch.nan])
 def test_an_error_without_bound_lists_its_page(error, rescored):
     t, plan = ONE.tensors().in_pages(), ONE.paged()

@@ -34,6 +34,7 @@ MOST_ROWS = 64  # of the narrow operand in decode: (query, head) pairs
 MOST_QUERIES = 16  # tokens a sequence that are still a decode step
 MOST_SPAN = 256  # steps of one program, whose pages it holds in registers
 MOST_BLOCKS = 16384  # of one row of scores
+LIST_PIECE = 8192  # of them, that are looked at together to list the promising ones
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _rescore(
     listed = torch.empty(found.shape, dtype=torch.int32, device=device)
     length = torch.empty(found.shape[:2], dtype=torch.int32, device=device)
     step = (plan.cu_seqlens_q, plan.positions, table, index_q.stride(0), index_q.stride(1))
-    piece = min(8192, pad(width, plan.topk))
+    piece = min(LIST_PIECE, pad(width, plan.topk))
     parts, span = _split(width, batch * heads * plan.max_q, tuning.score_waves, device)
     kernels.shortlist_step[(heads * plan.max_q, batch)](
         index_q, exact, found.view(torch.int32), listed, length, *step, exact.stride(0), exact.stride(1), table_row,
