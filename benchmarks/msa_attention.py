@@ -8,6 +8,7 @@ imported, and dense grouped-query attention through cuDNN and FlashAttention as 
     prefill    a chunk of 8192 queries at the end of its context, selection and attention apart, on random data and on
                data whose neighbouring queries mostly agree
     decode     one query a sequence, in a CUDA graph over enough copies of the caches that none is left in the L2
+    fp8        decode with fp8 index keys: exact (both copies, the bf16 keys' selection) and approximate (fp8 alone)
     dense      the same chunks and steps attending to everything
     prompts    whole prompts, every chunk of the longest run in its turn, summed up to each length
 
@@ -36,6 +37,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -62,7 +64,7 @@ from msa_sides import (
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
-WHATS = ("ceilings", "prefill", "decode", "dense", "prompts")
+WHATS = ("ceilings", "prefill", "decode", "fp8", "dense", "prompts")
 SLOW = ("torch", "reference")  # backends that run behind all others
 STOP_WALK = 60.0  # seconds that one side's whole prompts may take
 K, M = 1 << 10, 1 << 20
@@ -89,6 +91,7 @@ class Settings:
     ends: tuple[int, ...] = (128 * K, M, 32 * K, 512 * K)
     data: tuple[str, ...] = ("random", "clustered")
     steps: tuple[tuple[int, int], ...] = ((1, 128 * K), (1, M), (8, 128 * K), (64, 32 * K), (1, 32 * K), (8, 512 * K))
+    fp8_steps: tuple[tuple[int, int], ...] = ((1, M), (1, 128 * K), (8, 512 * K))
     dense_ends: tuple[int, ...] = (128 * K, M, 32 * K, 512 * K, 8 * K)
     whole: tuple[int, ...] = (32 * K, 128 * K)  # prompts that dense attention takes in one call
     prompts: tuple[int, ...] = (32 * K, 64 * K, 128 * K, 256 * K, 512 * K, M)
@@ -102,8 +105,8 @@ class Settings:
 
 
 QUICK = dict(
-    ends=(128 * K, M), steps=((1, 128 * K), (1, M), (8, 128 * K)), dense_ends=(128 * K, M, 8 * K), whole=(32 * K,),
-    prompts=(32 * K, 128 * K), budget_ms=60.0, repeats=(3, 12),
+    ends=(128 * K, M), steps=((1, 128 * K), (1, M), (8, 128 * K)), fp8_steps=((1, M),), dense_ends=(128 * K, M, 8 * K),
+    whole=(32 * K,), prompts=(32 * K, 128 * K), budget_ms=60.0, repeats=(3, 12),
 )  # fmt: skip
 
 
@@ -250,7 +253,7 @@ class Record:
 
 def line(record: dict) -> str:
     """One measurement as one line of text."""
-    names = [str(record[key]) for key in ("what", "side", "data") if key in record]
+    names = [str(record[key]) for key in ("what", "side", "data", "keys") if key in record]
     if "context" in record:
         names.append(f"{record.get('batch', 1)} x {record['context']}")
     parts = []
@@ -265,6 +268,8 @@ def line(record: dict) -> str:
             parts += [f"{k} {v:.3g}" for k, v in value.items() if isinstance(v, float)]
         elif name == "sums":
             parts += [f"{length}: {row['total_ms']:.4g} ms" for length, row in value.items()]
+        elif name == "differ":
+            parts.append(f"differ {value}")
         elif name in ("error", "union_of_8"):
             parts.append(f"{name} {value if isinstance(value, str) else format(value, '.1f')}")
     return f"{' '.join(names)}: {', '.join(parts)}"
@@ -369,18 +374,29 @@ class Bench:
                     fields = dict(what="decode", side=side, batch=batch, context=context)
                     self.record.measure(partial(self._decode, side, cases), **fields)
 
-    def _copies(self, batch: int, context: int) -> int:
+    def fp8(self, names: list[str], slow: bool) -> None:
+        """`differ`: entries of the first selection that are not those of the bf16 keys."""
+        for batch, context in self.settings.fp8_steps:
+            with self.caches(batch, context, 1, "random", self._copies(batch, context, 1)) as cases:
+                for side, keys in product((name for name in names if name not in PEERS), ("both", "fp8")):
+                    fields = dict(what="fp8", side=side, keys=keys, batch=batch, context=context)
+                    self.record.measure(partial(self._decode, side, cases), **fields)
+
+    def _copies(self, batch: int, context: int, width: int = 2) -> int:
         g = self.settings.geometry
-        return max(1, -(-self.clock.cold // (g.select_bytes(batch, context) + g.attend_bytes(batch, context))))
+        return max(1, -(-self.clock.cold // (g.select_bytes(batch, context, width) + g.attend_bytes(batch, context))))
 
     def _decode(self, side: str, cases: Callable, row: dict) -> None:
         clock, g, rate = self.clock, self.settings.geometry, self.record.rate
-        calls = [self.sides[side](case) for case in cases()]
+        keys = {"keys": row["keys"]} if "keys" in row else {}
+        calls = [self.sides[side](case, **keys) for case in cases()]
         row["copies"] = len(calls)
         width, sizes = self.settings.dtype.itemsize, (row["batch"], row["context"])
-        select, attend = g.select_bytes(*sizes, width), g.attend_bytes(*sizes, width)
+        select, attend = g.select_bytes(*sizes, 1 if keys else width), g.attend_bytes(*sizes, width)
         (blocks, out), row["first"] = clock.first(lambda: both(calls[0]))
         row["check"] = checked(cases()[0], blocks, out)
+        if keys:
+            row["differ"] = int((blocks != self.sides[side](cases()[0]).select()).sum())
         steps = {
             "both": ([partial(both, c) for c in calls], select + attend),
             "select": ([c.select for c in calls], select),

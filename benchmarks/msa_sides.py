@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.msa import Plan, dense_attention, select_blocks, sparse_attention
+from openm3.msa import Plan, dense_attention, index_error, select_blocks, sparse_attention
 
 PIECE = 512  # pages that the definition scores at a time
 STRIPES, DRIFT, NOISE = 4, 512, 0.15  # clustered data: see `index_vectors`
@@ -151,6 +151,14 @@ def index_vectors(
     return drifting + NOISE * normal(tokens, g.index_heads, g.index_dim) + 0.5 * common
 
 
+def quantized(index_k: Tensor) -> dict[str, Tensor]:
+    """Index keys as an exact selection from fp8 takes them: pages with a scale each, and what they were made of."""
+    scale = index_k.abs().amax((1, 2)).float() / 448
+    keys = (index_k / scale[:, None, None]).to(torch.float8_e4m3fn)
+    error = index_error(index_k, keys, scale)
+    return dict(index_k=keys, index_k_scale=scale, index_k_exact=index_k, index_k_error=error)
+
+
 # The sides -----------------------------------------------------------------------------------------------------------
 
 
@@ -160,9 +168,17 @@ class Calls:
     attend: Callable[[Tensor], Tensor]
 
 
-def ours(backend: str, case: Case) -> Calls:
+def ours(backend: str, case: Case, keys: str = "exact") -> Calls:
+    """`keys`: the index keys that are selected from: the exact ones; fp8 pages, approximately; or both, exactly."""
+    index = dict(index_k=case.index_k)
+    if keys != "exact":
+        if "quantized" not in case.shared:
+            case.shared["quantized"] = quantized(case.index_k)
+        index = dict(case.shared["quantized"])
+        if keys == "fp8":
+            del index["index_k_exact"], index["index_k_error"]
     return Calls(
-        lambda: select_blocks(case.index_q, case.index_k, case.plan, backend=backend),
+        lambda: select_blocks(case.index_q, plan=case.plan, backend=backend, **index),
         lambda blocks: sparse_attention(case.q, case.k, case.v, blocks, case.plan, backend=backend),
     )
 

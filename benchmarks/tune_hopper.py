@@ -29,7 +29,7 @@ from statistics import median
 
 import torch
 from msa_attention import Clock, Settings, both
-from msa_sides import Case, Geometry, make_case, ours, ours_dense
+from msa_sides import Case, Geometry, make_case, ours, ours_dense, quantized
 from torch import Tensor
 
 from openm3.msa import Plan, hopper_backend, reference
@@ -152,6 +152,27 @@ def check_fp8(name: str, problem: Problem) -> Iterator[tuple[str, float, float]]
         yield f"fp8 {kind}, {name}", relative(got, out), 5e-3
 
 
+def check_exact(name: str, problem: Problem) -> Iterator[tuple[str, float, float]]:
+    """The selection from fp8 keys with the exact ones beside them: that of the exact ones, however short the context,
+    and in a captured step whose lengths change."""
+    t, plan = problem.make()
+    keys = quantized(t["index_k"])
+    args = (keys["index_k"], plan, keys["index_k_scale"], True, keys["index_k_exact"], keys["index_k_error"])
+    hopper_backend.TUNING = replace(DEFAULT, scan_blocks=0)
+    graph, found = torch.cuda.CUDAGraph(), hopper_backend.select_exactly(t["index_q"], *args)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        found = hopper_backend.select_exactly(t["index_q"], *args)
+    whole = plan.positions.clone()
+    for shorter in (0, 1, 127, 1000):
+        plan.positions.copy_((whole - shorter).clamp_min(0))
+        graph.replay()
+        wanted = hopper_backend.select_blocks(t["index_q"], t["index_k"], plan)
+        differ = sum(float((a != b).sum()) for a, b in zip(found, wanted))
+        yield f"fp8 and exact keys, {name}, {shorter} shorter", differ, 0.0
+    hopper_backend.TUNING = DEFAULT
+
+
 def check_graph(problem: Problem) -> Iterator[tuple[str, float, float]]:
     """A captured step, replayed after its lengths changed on the device."""
     t, plan = replace(problem, integers=True).make()
@@ -201,6 +222,7 @@ def step_checks() -> Iterator[tuple[str, float, float]]:
         *(check_attention(name, p) for name, p in shapes.items()),
         *(check_attention(name, p, sparse=False) for name, p in shapes.items()),
         check_fp8("verification", shapes["verification"]),
+        check_fp8("a chunk", Problem((300, 20), (4000, 700))),
         check_graph(Problem((1,) * 4, (3000, 1500, 65, 2000))),
     )  # fmt: skip
 
@@ -219,6 +241,24 @@ def step_parts(clock: Clock, size: tuple[int, int]) -> dict:
         "select": (lambda: clock.graph_times([c.select for c in calls]), {"bytes": select}),
         "attend": (lambda: clock.graph_times([partial(a, b) for a, b in chosen]), {"bytes": attend}),
     }
+
+
+def fp8_step_parts(clock: Clock, size: tuple[int, int]) -> dict:
+    """Decode from fp8 index keys; bytes: these once, and keys and values of the selected blocks."""
+    select, attend = M3.select_bytes(*size, 1), M3.attend_bytes(*size)
+    cases = rotated(*size, select + attend, clock)
+    parts = {}
+    for name, keys in (("exact", "both"), ("approximate", "fp8")):
+        calls = [ours(BACKEND, case, keys) for case in cases]
+        parts |= {
+            f"{name}, both": (
+                lambda calls=calls: clock.graph_times([partial(both, c) for c in calls]), {"bytes": select + attend},
+            ),
+            f"{name}, select": (
+                lambda calls=calls: clock.graph_times([c.select for c in calls]), {"bytes": select},
+            ),
+        }  # fmt: skip
+    return parts
 
 
 def dense_step_parts(clock: Clock, size: tuple[int, int]) -> dict:
@@ -275,6 +315,18 @@ JOBS: dict[str, Job] = {
             dict(pick_chunk=256), dict(pick_chunk=1024), dict(attend_waves=1, attend_stages=4), dict(attend_stages=2),
             dict(attend_keys=128, attend_stages=2, attend_waves=1), dict(attend_warps=8),
             dict(attend_waves=3, attend_stages=2),
+        ),
+    ),
+    "fp8 step": Job(
+        lambda: chain(
+            check_exact("one sequence", Problem((1,), (70_000,))),
+            check_exact("verification", Problem((4, 0, 16, 1), (3000, 5, 2500, 20_000))),
+            check_exact("forced", Problem((2,), (9000,), local=2, init=3)),
+        ),
+        ((1, M), (1, 128 * K), (8, 512 * K)), fp8_step_parts,
+        (
+            dict(programmatic=False), dict(score_stages=2), dict(score_stages=4), dict(score_stages=6),
+            dict(score_waves=3), dict(score_waves=4), dict(score_warps=8), dict(score_waves=3, score_stages=4),
         ),
     ),
     "select": Job(

@@ -23,7 +23,8 @@ from openm3.msa import Plan, reference
 TINY = Geometry(heads=4, kv_heads=2, dim=32, index_heads=2, index_dim=32, block=16, topk=4)
 SETTINGS = Settings(
     device="cpu", geometry=TINY, backends=("torch",), chunk=64, ends=(256,), steps=((1, 256), (2, 128)),
-    dense_ends=(64, 256), whole=(64,), prompts=(128, 256), product=32, copied=1 << 12, budget_ms=0.0, repeats=(2, 2),
+    fp8_steps=((1, 256),), dense_ends=(64, 256), whole=(64,), prompts=(128, 256), product=32, copied=1 << 12,
+    budget_ms=0.0, repeats=(2, 2),
 )  # fmt: skip
 
 
@@ -59,13 +60,18 @@ def test_a_run_measures_every_section_rightly_and_draws(tmp_path, monkeypatch, c
     assert data == json.loads((tmp_path / "results.json").read_text())
     failed = [row for row in data["results"] if "error" in row]
     assert {row["side"] for row in failed} == {"cudnn"}  # a CPU has no cuDNN; the run went on
-    for what, data_kinds in (("prefill", 2), ("decode", 2), ("dense decode", 4), ("dense prefill", 4), ("prompts", 2)):
+    sections = {"prefill": 2, "decode": 2, "fp8": 2, "dense decode": 4, "dense prefill": 4, "prompts": 2}
+    for what, data_kinds in sections.items():
         measured = [row for row in rows(data, what=what) if row not in failed]
         assert len(measured) == data_kinds, what
     checks = [row["check"] for row in data["results"] if "check" in row]
-    assert len(checks) == 13
+    assert len(checks) == 15
     assert max(check["relative_error"] for check in checks) < 5e-3
-    assert {check["agreement"] for check in checks if "agreement" in check} == {1.0}
+    exact = [row["check"] for row in data["results"] if row.get("keys") != "fp8" and "check" in row]
+    assert {check["agreement"] for check in exact if "agreement" in check} == {1.0}
+    both = rows(data, keys="both")[0]
+    assert both["differ"] == 0
+    assert both["select"]["bytes"] == 256 * 32
     prefill = rows(data, what="prefill", data="random")[0]
     select, ceiling = prefill["select"], rows(data, side="matmul")[0]["tflops"]
     assert select["flops"] == 2 * 2 * 32 * (64 * 192 + 64 * 65 // 2)

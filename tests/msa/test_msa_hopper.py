@@ -13,7 +13,7 @@ import pytest
 import torch
 from msa_cases import Case
 
-from openm3.msa import hopper_backend, triton_backend
+from openm3.msa import Plan, hopper_backend, triton_backend
 
 triton = pytest.importorskip("triton")
 import triton_targets  # noqa: E402
@@ -52,10 +52,10 @@ def recorded(monkeypatch, kernels):
 
 
 def step_kernels():
-    from openm3.msa import hopper_decode, hopper_pick
+    from openm3.msa import hopper_decode, hopper_exact, hopper_pick
 
     names = [(hopper_decode, name) for name in ("score_step", "attend_step", "combine_step")]
-    return [*names, (hopper_pick, "pick_step")]
+    return [*names, (hopper_pick, "pick_step"), *((hopper_exact, f"{name}_step") for name in ("shortlist", "rescore"))]
 
 
 def run_step(case, monkeypatch, fp8=False):
@@ -86,13 +86,39 @@ def test_every_decode_launch_compiles_and_two_programs_share_a_multiprocessor(ca
     assert [launch[0].__name__ for launch in launches] == [
         "score_step", "pick_step", "attend_step", "combine_step", "attend_step", "combine_step",
     ]  # fmt: skip
+    fit_two_a_multiprocessor(launches)
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels for the interpreter do not compile")
+@pytest.mark.parametrize(
+    "case",
+    [
+        STEP.but(lens_q=(1,), lens_k=(1 << 20,)),
+        STEP.but(lens_q=(4,), lens_k=(1 << 19,), hi=1, topk=32),
+    ],
+    ids=["M3", "four"],
+)
+def test_every_launch_of_an_exact_selection_from_fp8_keys_compiles(case, monkeypatch):
+    table = torch.zeros(1, case.lens_k[0] // 128, dtype=torch.int32)
+    plan = Plan.paged(table, case.lens_k, [0, *case.lens_q], **case.sizes)
+    index_q, exact = torch.zeros(case.lens_q[0], case.hi, 128, dtype=BF16), torch.zeros(2, 128, 128, dtype=BF16)
+    with recorded(monkeypatch, step_kernels()) as launches:
+        hopper_backend.select_exactly(index_q, exact.to(FP8), plan, torch.ones(2), False, exact, torch.ones(2))
+    assert [launch[0].__name__ for launch in launches] == ["score_step", "shortlist_step", "rescore_step", "pick_step"]
+    fit_two_a_multiprocessor(launches)
+    batch, rows = 1, case.lens_q[0] * case.hi
+    assert [launch[1][1:] for launch in launches] == [(batch,), (batch,), (rows, batch), (batch,)]
+    assert launches[2][1][0] * rows >= 132  # every multiprocessor may score again
+
+
+def fit_two_a_multiprocessor(launches):
     for kernel, _, args, options in launches:
         found = triton_targets.compiled(kernel, args, options, 90)
         assert found.metadata.shared <= 113 << 10, kernel.__name__
         assert found.asm["cubin"]
         assert "griddepcontrol.wait" in found.asm["ptx"]
         assert "LDL" not in found.asm["sass"]
-        if kernel.__name__ in ("score_step", "attend_step"):
+        if kernel.__name__ in ("score_step", "rescore_step", "attend_step"):
             assert "wgmma.mma_async" in found.asm["ptx"]
             assert "cp.async.bulk.tensor" in found.asm["ptx"]
 
@@ -131,11 +157,15 @@ def test_the_attention_of_a_prompt_compiles_and_softmax_runs_beside_a_product(mo
     kernels = [(hopper_attend, "attend_tiles"), (hopper_gather, "attend_gathered"), (hopper_gather, "join_slots"),
                (triton_attend, "unite_blocks")]  # fmt: skip
     with recorded(monkeypatch, kernels) as launches:
+        hopper_backend.sparse_attention(t.q, t.k.to(FP8), t.v.to(FP8), blocks, plan, 0.1, torch.ones(len(t.k), 4), 0.5)
+        fp8 = launches[1]
+        assert [launch[0].__name__ for launch in launches] == ["unite_blocks", *["attend_gathered", "join_slots"] * 4]
+        launches.clear()
         hopper_backend.sparse_attention(t.q, t.k, t.v, blocks, plan, 0.1)
         hopper_backend.dense_attention(t.q, t.k, t.v, plan, 0.1)
     names = [launch[0].__name__ for launch in launches]
     assert names == ["unite_blocks", "attend_tiles", *["attend_gathered", "join_slots"] * 4, "attend_tiles"]
-    for kernel, grid, args, options in (launches[1], launches[2], launches[3], launches[-1]):
+    for kernel, grid, args, options in (launches[1], launches[2], launches[3], launches[-1], fp8):
         found = triton_targets.compiled(kernel, args, options, 90)
         ptx = found.asm["ptx"]
         assert "st.local" not in ptx

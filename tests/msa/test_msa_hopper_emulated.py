@@ -279,13 +279,14 @@ def test_dense_attention_of_a_prompt_is_the_references(case, stages, monkeypatch
 @pytest.mark.parametrize(("case", "union"), [(CASES[0], 1.125), (CASES[1], 8), (CASES[2], 8)])
 def test_sparse_attention_of_a_prompt_is_the_references(case, union, monkeypatch):
     monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, union=union))
+    monkeypatch.setattr(hopper_backend, "MOST_QUERIES", 1)
     case = case.but(hi=1, lens_q=tuple(min(n, 11) for n in case.lens_q)) if case.positions is None else case
     t, plan = case.tensors().in_pages(), case.paged()
     blocks = random_blocks(case, plan)
     blocks[:, :8] = blocks[:, :1]
-    out, lse = hopper_backend._attend_prompt(t.q, t.k, t.v, blocks, plan, 0.05)
+    out, lse = hopper_backend.sparse_attention(t.q, t.k, t.v, blocks, plan, 0.05)
     wanted, wanted_lse = reference.attention(*(x.double() for x in (t.q, t.k, t.v)), blocks, plan, 0.05)
-    assert relative(out, wanted) <= 1e-2  # the interpreter, for the gathered, cuts to bf16 where a GPU rounds
+    assert relative(out, wanted) <= 5e-3
     assert relative(lse, wanted_lse) <= 1e-5
 
 

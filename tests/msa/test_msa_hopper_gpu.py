@@ -10,7 +10,7 @@ import torch
 from gpu_checks import attend, captured_step_follows_lengths, waits_for_nothing
 from msa_cases import Case, offsets, relative
 
-from openm3.msa import Plan, hopper_backend, reference
+from openm3.msa import Plan, hopper_backend, index_error, reference, select_blocks, store_index_copy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,6 +108,66 @@ def test_fp8_caches_are_dequantized_as_the_definition_says(lens_q):
     for blocks in (wanted, None):
         out, _ = attend(hopper_backend, fp8, blocks, plan, scale, scale)
         assert relative(out, attend(reference, wide, blocks, plan)[0]) <= 5e-3
+
+
+@pytest.mark.parametrize("scale", ["a number", "each page"])
+@pytest.mark.parametrize("lens_q", [(1, 1, 1), (4, 16, 2), (1, 0, 3), (40, 1, 1)])
+def test_exact_selection_from_fp8_keys_is_the_exact_keys_selection(lens_q, scale, monkeypatch):
+    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, scan_blocks=0))
+    case = Case(lens_q, (70_000, 2100, 2500), hkv=2, hi=2, group=16, topk=16, **FAMILY)
+    t, plan = on_gpu(case)
+    scale = 0.01 if scale == "a number" else t.index_k.float().abs().amax((1, 2)) / 448
+    keys = t.index_k / (scale if isinstance(scale, float) else scale[:, None, None])
+    keys = keys.clamp(-448, 448).to(torch.float8_e4m3fn)
+    copies = dict(
+        index_k_scale=scale, index_k_exact=t.index_k, index_k_error=index_error(t.index_k, keys, scale),
+        return_scores=True, backend="hopper",
+    )  # fmt: skip
+    wanted = select_blocks(t.index_q, t.index_k, plan, return_scores=True, backend="hopper")
+    for _ in range(2):
+        found = select_blocks(t.index_q, keys, plan, **copies)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+
+
+def test_a_copy_of_the_index_keys_is_stored_as_on_a_cpu_without_waiting():
+    case = Case((300, 1, 16), (1000, 200, 16), hkv=2, hi=2, group=16, topk=16, **FAMILY)
+    near, (t, plan) = case.tensors().in_pages().index_k, on_gpu(case)
+    found, wanted = (
+        (torch.zeros_like(x, dtype=torch.float8_e4m3fn), torch.zeros(len(x), device=x.device))
+        for x in (t.index_k, near)
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        store_index_copy(*found, t.index_k, plan, 0.25)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    store_index_copy(*wanted, near, case.paged(), 0.25)
+    assert torch.equal(found[0].cpu().view(torch.uint8), wanted[0].view(torch.uint8))
+    assert torch.allclose(found[1].cpu(), wanted[1], rtol=1e-6)
+
+
+def test_a_captured_exact_selection_follows_lengths_that_change_and_any_number_of_candidates(monkeypatch):
+    monkeypatch.setattr(hopper_backend, "TUNING", replace(hopper_backend.TUNING, scan_blocks=0))
+    case = Case((1,) * 4, (70_000, 64, 2065, 9000), hkv=4, hi=4, group=16, topk=16, **FAMILY)
+    t, plan = on_gpu(case)
+    keys, error = t.index_k.to(torch.float8_e4m3fn), index_error(t.index_k, t.index_k.to(torch.float8_e4m3fn))
+
+    def step():
+        return hopper_backend.select_exactly(t.index_q, keys, plan, None, True, t.index_k, error)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        blocks, scores = step()
+    for shorter, worse in ((0, 0.0), (1, 0.0), (63, 0.0), (40, 1e6)):  # at last every block may be chosen
+        plan.positions.copy_(torch.tensor(case.lens_k) - 1 - shorter)
+        error += worse
+        graph.replay()
+        wanted = hopper_backend.select_blocks(t.index_q, t.index_k, plan)
+        assert torch.equal(blocks, wanted[0])
+        assert torch.equal(scores, wanted[1])
 
 
 def test_a_small_workspace_changes_nothing():

@@ -27,9 +27,10 @@ def test_the_torch_backend_passes_and_the_rows_are_written(capsys, tmp_path):
     assert written["device"] == "cpu"
     rows = written["rows"]
     assert {row["backend"] for row in rows} == {"torch"}
-    assert {row["problem"] for row in rows} == {problem.name for problem in selftest.PROBLEMS}
+    assert {row["problem"] for row in rows} == {problem.name for problem in (*selftest.PROBLEMS, selftest.LONG)}
     for kind in (
         "selection, packed",
+        "selection, pages, fp8 + bf16",
         "sparse, pages, fp8",
         "dense, pages, bf16",
         "gradient, sparse",

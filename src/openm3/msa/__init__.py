@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from openm3.msa import dispatch, ops
+from openm3.msa.exact import index_error, store_index_copy
 from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan
 
-__all__ = ["BACKENDS", "Plan", "dense_attention", "index_loss", "select_blocks", "sparse_attention"]
+__all__ = [
+    "BACKENDS", "Plan", "dense_attention", "index_error", "index_loss", "select_blocks", "sparse_attention",
+    "store_index_copy",
+]  # fmt: skip
 
 BACKENDS = tuple(dispatch.BACKENDS)
 
@@ -35,6 +39,8 @@ def select_blocks(
     plan: Plan,
     *,
     index_k_scale: Scale = None,
+    index_k_exact: Tensor | None = None,
+    index_k_error: Tensor | None = None,
     return_scores: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,8 +49,13 @@ def select_blocks(
     index_q [T, Hi, Di]; index_k [N, Di], or pages [P, block, Di]. Returns int32 [Hi, T, topk], ascending, -1 for empty
     slots at the end, and with `return_scores` those blocks' scores, float32 of the same shape (-inf for -1). Ties go to
     the lower block. `index_k_scale` dequantizes fp8 pages: float32 [P], or one number. Not differentiable.
+
+    fp8 pages alone select approximately: their own scores are ranked. With the keys that they were made of beside them,
+    `index_k_exact` of the same shape, the result is what those select; a backend may read the fp8 copy and only those
+    exact keys whose blocks may be chosen. `index_k_error` float32 [P] says how far each page may be off: `index_error`
+    computes it, `store_index_copy` keeps it up. Scores must be finite then.
     """
-    args = (index_q, index_k, plan, index_k_scale, return_scores, backend)
+    args = (index_q, index_k, plan, index_k_scale, return_scores, backend, index_k_exact, index_k_error)
     blocks, scores = _way().select_blocks(*args)
     return (blocks, scores) if return_scores else blocks
 

@@ -35,7 +35,8 @@ class Refused(ValueError):
 class Backend:
     """Functions as in `torch_backend` and `loss`, None for one it has not.
 
-    `refusal(queries, keys, plan, values or None)` is None where it can serve these tensors.
+    `refusal(queries, keys, plan, values or None)` is None where it can serve these tensors. `select_exactly`: as
+    `hopper_backend` has it; without it the exact keys alone are read.
     """
 
     select_blocks: Callable[..., tuple[Tensor, Tensor | None]]
@@ -43,6 +44,7 @@ class Backend:
     dense_attention: Callable[..., tuple[Tensor, Tensor]]
     index_loss: Callable[..., Tensor] | None
     refusal: Callable[[Tensor, Tensor, Plan, Tensor | None], str | None]
+    select_exactly: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
 
 def _reference_index_loss(index_q, index_k, q, k, blocks, plan, scale, queries) -> Tensor:
@@ -73,7 +75,7 @@ BACKENDS: dict[str, Backend] = {
     ),
     "hopper": Backend(
         hopper_backend.select_blocks, hopper_backend.sparse_attention, hopper_backend.dense_attention, None,
-        hopper_backend.refusal,
+        hopper_backend.refusal, hopper_backend.select_exactly,
     ),
 }  # fmt: skip
 # What backend=None tries on a device, the best first; then "torch", which serves everything. "triton" comes in here
@@ -84,7 +86,14 @@ PREFERRED: dict[str, tuple[str, ...]] = {}
 def function_of(
     name: str | None, function: str, queries: Tensor, keys: Tensor, plan: Plan, values: Tensor | None = None
 ) -> Callable:
-    """That backend's function, or the best one's for these tensors. ValueError for unknown names and a refusal."""
+    """The function of `backend_of`."""
+    return getattr(backend_of(name, function, queries, keys, plan, values), function)
+
+
+def backend_of(
+    name: str | None, function: str, queries: Tensor, keys: Tensor, plan: Plan, values: Tensor | None = None
+) -> Backend:
+    """That backend, or the best one for these tensors. ValueError for unknown names and a refusal."""
     if name is None:
         kind = queries.device.type
         better = (n for n in PREFERRED.get(kind, ()) if _refusal(n, function, queries, keys, plan, values) is None)
@@ -96,7 +105,7 @@ def function_of(
         raise ValueError(f"backend = {name!r}: must be one of {', '.join(BACKENDS)}, or None for the best one")
     elif reason := _refusal(name, function, queries, keys, plan, values):
         raise Refused(name, reason)
-    return getattr(BACKENDS[name], function)
+    return BACKENDS[name]
 
 
 def _refusal(name: str, function: str, queries: Tensor, keys: Tensor, plan: Plan, values: Tensor | None) -> str | None:
@@ -106,13 +115,21 @@ def _refusal(name: str, function: str, queries: Tensor, keys: Tensor, plan: Plan
 
 
 def select_blocks(
-    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, backend: str | None
-) -> tuple[Tensor, Tensor | None]:
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, backend: str | None,
+    exact: Tensor | None = None, error: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """With `exact` and `error`: what the keys `exact` select; a backend may read their fp8 copy `index_k` first."""
     check_index(index_q, index_k, plan)
-    _check_scale("index_k_scale", index_k_scale, index_k, index_k.shape[:1])
+    check_scale("index_k_scale", index_k_scale, index_k, index_k.shape[:1])
     with torch.no_grad():
-        select = function_of(backend, "select_blocks", index_q, index_k, plan)
-        return select(index_q, index_k, plan, index_k_scale, scores)
+        if exact is None and error is None:
+            select = function_of(backend, "select_blocks", index_q, index_k, plan)
+            return select(index_q, index_k, plan, index_k_scale, scores)
+        check_exact(index_k, plan, exact, error)
+        taken = backend_of(backend, "select_blocks", index_q, exact, plan)
+        if taken.select_exactly is None or taken.refusal(index_q, index_k, plan, None):
+            return taken.select_blocks(index_q, exact, plan, None, scores)
+        return taken.select_exactly(index_q, index_k, plan, index_k_scale, scores, exact, error)
 
 
 def attention(
@@ -121,8 +138,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sparse, or dense for blocks None. The lse carries no gradient, whichever backend computed it."""
     check_attention(q, k, v, plan)
-    _check_scale("k_scale", k_scale, k, k.shape[:2])
-    _check_scale("v_scale", v_scale, v, v.shape[:2])
+    check_scale("k_scale", k_scale, k, k.shape[:2])
+    check_scale("v_scale", v_scale, v, v.shape[:2])
     scale = _softmax_scale(softmax_scale, q)
     if blocks is None:
         attend = function_of(backend, "dense_attention", q, k, plan, v)
@@ -203,7 +220,7 @@ def _check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], plan: P
         raise ValueError(f"{name}: stride {x.stride(-1)} along its last axis, must be 1; call .contiguous()")
 
 
-def _check_scale(name: str, scale: Scale, cache: Tensor, shape: torch.Size) -> None:
+def check_scale(name: str, scale: Scale, cache: Tensor, shape: torch.Size) -> None:
     if scale is None:
         return
     if cache.dtype not in _FP8:
@@ -216,6 +233,22 @@ def _check_scale(name: str, scale: Scale, cache: Tensor, shape: torch.Size) -> N
         raise ValueError(f"{name}: {scale.dtype} {list(scale.shape)}, must be float32 {list(shape)}, or a number")
     if scale.dim() and scale.device != cache.device:
         raise ValueError(f"{name}: on {scale.device}, must be on {cache.device}")
+
+
+def check_exact(index_k: Tensor, plan: Plan, exact: Tensor | None, error: Tensor | None) -> None:
+    if exact is None or error is None:
+        given, missing = ("index_k_exact", "index_k_error")[:: 1 if error is None else -1]
+        raise ValueError(f"{missing}: None, must be given where {given} is")
+    if index_k.dtype not in _FP8:
+        raise ValueError(f"index_k_exact: given, but index_k is {index_k.dtype}, must be float8_e4m3fn pages then")
+    if exact.shape != index_k.shape:
+        raise ValueError(f"index_k_exact: {list(exact.shape)}, must be index_k's shape {list(index_k.shape)}")
+    _check_tensor("index_k_exact", exact, _FLOATS, plan)
+    if error.dtype != torch.float32 or error.shape != index_k.shape[:1]:
+        raise ValueError(
+            f"index_k_error: {error.dtype} {list(error.shape)}, must be float32 [{len(index_k)}], one a page"
+        )
+    _check_tensor("index_k_error", error, (torch.float32,), plan)
 
 
 def _check_blocks(blocks: Tensor, q: Tensor, k: Tensor, plan: Plan) -> None:

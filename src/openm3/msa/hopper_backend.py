@@ -34,6 +34,7 @@ MOST_ROWS = 64  # of the narrow operand in decode: (query, head) pairs
 MOST_QUERIES = 16  # tokens a sequence that are still a decode step
 MOST_SPAN = 256  # steps of one program, whose pages it holds in registers
 MOST_BLOCKS = 16384  # of one row of scores
+LIST_PIECE = 8192  # of them, that are looked at together to list the promising ones
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Tuning:
     score_warps: int = 4
     score_waves: int = 2  # programs a multiprocessor
     pick_chunk: int = 512  # blocks a warp
+    scan_blocks: int = 128  # a row of a decode step, from which on an fp8 scan is less to read than the exact keys
     attend_keys: int = 64  # keys a step
     attend_stages: int = 3
     attend_warps: int = 4
@@ -131,46 +133,98 @@ def select_blocks(
     index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale = None, scores: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Without `scores`, queries that see no more blocks than they may select may take all of them, unscored."""
-    heads = index_q.shape[1]
-    rows, width = pad(heads * plan.max_q), max(1, -(-plan.max_k // BLOCK))
+    rows, width = pad(index_q.shape[1] * plan.max_q), _width(plan)
     if _is_step(plan) and 4 * len(plan.lens_q) * rows * width <= plan.workspace_bytes:
-        return _select_step(index_q, index_k, plan, index_k_scale, scores, rows, width)
+        return _select_step(index_q, index_k, plan, index_k_scale, scores, None, None)
     if width <= MOST_BLOCKS and index_k.dtype == index_q.dtype and not triton_backend._interpreted():
         return _select_tiles(index_q, index_k, plan, scores)
     return triton_backend.select_blocks(index_q, index_k, plan, index_k_scale, scores)
 
 
-def _select_step(
-    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, rows: int, width: int
+def select_exactly(
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, exact: Tensor, error: Tensor
 ) -> tuple[Tensor, Tensor | None]:
+    """`select_blocks` from the keys `exact`; a long decode step reads their fp8 copy `index_k`, and few of them."""
+    rows, width = index_q.shape[1] * plan.max_q, _width(plan)
+    if not _is_step(plan) or exact.dtype != index_q.dtype or width < TUNING.scan_blocks * rows:
+        return select_blocks(index_q, exact, plan, None, scores)
+    if 8 * len(plan.lens_q) * pad(rows) * width > plan.workspace_bytes:
+        return select_blocks(index_q, exact, plan, None, scores)
+    return _select_step(index_q, index_k, plan, index_k_scale, scores, exact, error)
+
+
+def _width(plan: Plan) -> int:
+    return max(1, -(-plan.max_k // BLOCK))
+
+
+def _select_step(
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, exact: Tensor | None,
+    error: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    import triton.language as tl
+
     from openm3.msa import hopper_decode, hopper_pick
 
     (tokens, heads, _), device, batch, tuning = index_q.shape, index_q.device, len(plan.lens_q), TUNING
+    rows, width, bounds = pad(heads * plan.max_q), _width(plan), exact is not None
     blocks = torch.empty(heads, tokens, plan.topk, dtype=torch.int32, device=device)
     values = torch.empty(blocks.shape, dtype=torch.float32, device=device) if scores else None
     found = torch.empty(batch, rows, width, dtype=torch.float32, device=device)
     index_q = index_q if index_q.stride(-1) == 1 else index_q.contiguous()
-    by_page = isinstance(index_k_scale, Tensor) and index_k_scale.dim() > 0
+    scale, scale_page, k_mul = _key_scale(index_k_scale, found)
     table, table_row = triton_backend._table(plan)
     splits, span = _split(width, batch, tuning.score_waves, device)
     chunk = pad(width, plan.topk)
     lengths = dict(EACH=_each(plan), HEADS=heads, ROWS=rows, BLOCK=BLOCK)
+    narrow, dot = index_k.dtype == FP8, triton_backend._product(index_q, index_q)["DOT"]
     with on(device):
         hopper_decode.score_step[(splits, batch)](
-            index_q, _pages(index_k, BLOCK), index_k_scale if by_page else found, found, plan.cu_seqlens_q,
-            plan.positions, table, index_q.stride(0), index_q.stride(1), table_row,
-            index_k_scale.stride(0) if by_page else 0, width, **lengths, D=DIM, SPAN=pad(span, 1), SCALED=by_page,
-            DOT=triton_backend._product(index_q, index_k)["DOT"], STAGES=tuning.score_stages,
-            **_launch(tuning.score_warps, plan),
+            index_q, _pages(index_k, BLOCK), scale, error if bounds else found,
+            found.view(torch.int32) if bounds else found, plan.cu_seqlens_q, plan.positions, table, index_q.stride(0),
+            index_q.stride(1), table_row, scale_page, width, k_mul, **lengths, D=DIM, SPAN=pad(span, 1),
+            SCALED=scale is not found, NARROW=narrow, BOUNDS=bounds, DOT=tl.float16 if narrow else dot,
+            STAGES=tuning.score_stages, **_launch(tuning.score_warps, plan),
         )  # fmt: skip
+        if bounds:
+            _rescore(index_q, exact, plan, found, table, table_row, lengths, dot)
         hopper_pick.pick_step[(heads * plan.max_q, batch)](
             found, blocks, values if scores else found, plan.cu_seqlens_q, plan.positions, width, tokens, **lengths,
             TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
             VALUES=scores, **_launch(min(16, max(1, chunk // tuning.pick_chunk)), plan),
         )  # fmt: skip
-    if scores and index_k_scale is not None and not by_page:
-        values *= index_k_scale
     return blocks, values
+
+
+def _key_scale(scale: Scale, none: Tensor) -> tuple[Tensor, int, float]:
+    """A scale as kernels take it: a tensor (`none` where there is none), its stride from page to page, a number."""
+    if not isinstance(scale, Tensor):
+        return none, 0, 1.0 if scale is None else float(scale)
+    if scale.dim():
+        return scale, scale.stride(0), 1.0
+    return (scale, 0, 1.0) if scale.device == none.device else (none, 0, float(scale))
+
+
+def _rescore(
+    index_q: Tensor, exact: Tensor, plan: Plan, found: Tensor, table: Tensor, table_row: int, lengths: dict, dot
+) -> None:  # fmt: skip
+    """Bounds of scores in `found` [B, rows, blocks] become scores, of the blocks that may be chosen."""
+    from openm3.msa import hopper_exact as kernels
+
+    (batch, _, width), heads, device, tuning = found.shape, index_q.shape[1], found.device, TUNING
+    listed = torch.empty(found.shape, dtype=torch.int32, device=device)
+    length = torch.empty(found.shape[:2], dtype=torch.int32, device=device)
+    step = (plan.cu_seqlens_q, plan.positions, table, index_q.stride(0), index_q.stride(1))
+    piece = min(LIST_PIECE, pad(width, plan.topk))
+    parts, span = _split(width, batch * heads * plan.max_q, tuning.score_waves, device)
+    kernels.shortlist_step[(heads * plan.max_q, batch)](
+        index_q, exact, found.view(torch.int32), listed, length, *step, exact.stride(0), exact.stride(1), table_row,
+        width, **lengths, D=DIM, TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, PIECE=piece,
+        GROUPS=min(piece, 4 * plan.topk), **_launch(min(16, max(4, piece // 256)), plan),
+    )  # fmt: skip
+    kernels.rescore_step[(parts, heads * plan.max_q, batch)](
+        index_q, _pages(exact, BLOCK), listed, length, found, *step, table_row, width, **lengths, D=DIM,
+        SPAN=pad(span, 1), DOT=dot, STAGES=tuning.score_stages, **_launch(tuning.score_warps, plan),
+    )  # fmt: skip
 
 
 def _select_tiles(index_q: Tensor, index_k: Tensor, plan: Plan, scores: bool) -> tuple[Tensor, Tensor | None]:
@@ -213,18 +267,18 @@ def sparse_attention(
     k_scale: Scale = None, v_scale: Scale = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     parts, span = _parts(q, k, plan, plan.topk * BLOCK, len(q))
-    if _is_prompt(q, k, v, plan, softmax_scale):
-        return _attend_prompt(q, k, v, blocks.contiguous(), plan, softmax_scale)
+    call = Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
+    if plan.max_q > MOST_QUERIES:
+        return _attend_prompt(call, k, v, blocks.contiguous(), plan, softmax_scale)
     if not parts:
         return triton_backend.sparse_attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
-    call = Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
     return _attend_step(call, k, v, blocks.contiguous(), plan, parts, span)
 
 
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale = None, v_scale: Scale = None
 ) -> tuple[Tensor, Tensor]:
-    if _is_prompt(q, k, v, plan, softmax_scale) and not triton_backend._interpreted():
+    if plan.max_q > MOST_QUERIES and k.dtype != FP8 and not triton_backend._interpreted():
         tiles = tiles_of(plan, TILE // (q.shape[1] // k.shape[1]))
         if 2 * len(tiles) * k.shape[1] >= triton_backend._multiprocessors(q.device):
             out, lse = _results(q)
@@ -283,10 +337,6 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
 
-def _is_prompt(q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float) -> bool:
-    return plan.max_q > MOST_QUERIES and k.dtype == v.dtype == q.dtype and softmax_scale > 0
-
-
 def _attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, tiles: Tiles, a: int, n: int,
     lists: Tensor | None, lengths: Tensor | None, out: Tensor, lse: Tensor,
@@ -307,18 +357,20 @@ def _attend_tiles(
 
 
 def _attend_prompt(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float
+    call: Call, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Each tile of neighbouring queries by the length of its union: walked as one, or its queries gathered by page."""
+    """Each tile of neighbouring queries by the length of its union: walked as one, or its queries gathered by page, as
+    those over fp8 pages all are."""
     from openm3.msa import triton_attend
 
+    q = call.q
     (tokens, heads, _), hkv, index_heads, device = q.shape, k.shape[1], len(blocks), q.device
     out, lse = _results(q)
     # Parts of the gathered queries of one KV head, and lists, stay in the workspace.
-    query_bytes = (heads // hkv) * plan.topk * (DIM * q.itemsize + 4) + index_heads * plan.topk * 64
+    query_bytes = (heads // hkv) * plan.topk * (2 * DIM + 8) + index_heads * plan.topk * 64
     most = max(UNITED, plan.workspace_bytes // query_bytes // UNITED * UNITED)
     tiles, pieces = once(plan, ("pieces", most), lambda: _pieces(plan, most))
-    limit = int(TUNING.union * plan.topk)
+    limit = (k.dtype != FP8 and int(TUNING.union * plan.topk)) or -1  # a tile without blocks has a union of 0
     for a, n, lo, hi, tile_of in pieces:
         lists = torch.empty(n, index_heads, UNITED * plan.topk, dtype=torch.int32, device=device)
         lengths = torch.empty(n, index_heads, dtype=torch.int32, device=device)
@@ -331,18 +383,19 @@ def _attend_prompt(
         if limit > 0:
             _attend_tiles(q, k, v, plan, softmax_scale, tiles, a, n, lists, lengths, out, lse)
         if limit < UNITED * plan.topk:
-            _gather(q, k, v, blocks, plan, softmax_scale, lo, hi, tile_of, lengths, out, lse)
+            _gather(call, k, v, blocks, plan, lo, hi, tile_of, lengths, out, lse)
     return out, lse
 
 
 def _gather(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float, lo: int, hi: int,
-    tile_of: Tensor, lengths: Tensor, out: Tensor, lse: Tensor,
+    call: Call, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, lo: int, hi: int, tile_of: Tensor, lengths: Tensor,
+    out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Queries lo .. hi of the tiles whose length is negative, by page; one KV head's parts at a time."""
     from openm3.msa import hopper_gather as kernels
 
-    (tokens, heads, _), hkv, index_heads, tuning = q.shape, k.shape[1], len(blocks), TUNING
+    q, hkv, index_heads, tuning = call.q, k.shape[1], len(blocks), TUNING
+    tokens, heads, _ = q.shape
     group = heads // hkv
     chosen = blocks[:, lo:hi]  # [Hi, n, topk]
     wanted = (chosen >= 0) & (lengths[tile_of.long()].T < 0)[..., None]
@@ -351,20 +404,21 @@ def _gather(
     entries = pages.shape[1]
     chunks = entries // tuning.gather_chunk + min(entries, sum(-(-n // BLOCK) for n in plan.lens_k))
     keys, order, starts = kernels.by_page(pages, len(k), tuning.gather_chunk, chunks)
-    part = torch.empty(hi - lo, group, plan.topk, DIM, dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(part.shape[:3], dtype=torch.float32, device=q.device)
+    part = torch.empty(hi - lo, group, plan.topk, DIM, dtype=torch.float16, device=q.device)
+    unit, part_lse = (torch.empty(part.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     k_map, v_map = _pages(k, BLOCK), _pages(v, BLOCK)
     share = hkv // index_heads
     with on(q.device):
         for r in range(hkv):
             kernels.attend_gathered[(chunks,)](
-                q, k_map, v_map, keys, order, starts, blocks, part, part_lse, plan.positions, q.stride(0), q.stride(1),
-                entries, chunks, lo, tokens, r, softmax_scale * math.log2(math.e), GROUP=group, SHARE=share,
-                TOPK=plan.topk, QUERIES=tuning.gather_rows // group, CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM,
-                STAGES=tuning.gather_stages, num_warps=4,
+                q, k_map, v_map, *call.scales, keys, order, starts, blocks, part, unit, part_lse, plan.positions,
+                q.stride(0), q.stride(1), *call.strides[-4:], entries, chunks, lo, tokens, r, *call.factors,
+                GROUP=group, SHARE=share, TOPK=plan.topk, QUERIES=tuning.gather_rows // group,
+                CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
+                V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages, num_warps=4,
             )  # fmt: skip
             kernels.join_slots[((hi - lo) * group,)](
-                part, part_lse, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads,
+                part, unit, part_lse, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads,
                 GROUP=group, SHARE=share, TOPK=plan.topk, D=DIM, num_warps=1,
             )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Decode on Hopper: a few query tokens a sequence over long paged caches, bound by the bytes it reads.
 
     score_step    every index key once, the context split over the card: each block's best score, [B, rows, blocks]
+                  (fp8 keys, exact selection: a bound of it; then `hopper_exact.py` scores again what may be chosen)
     pick_step     the k best of each row (`hopper_pick.py`)
     attend_step   the selected blocks (or all blocks) of one KV head, split over the card
     combine_step  the parts of a split, joined by their log-sum-exp
@@ -16,9 +17,12 @@ import triton
 import triton.language as tl
 
 from openm3.msa.hopper_pick import enter, queries_of
-from openm3.msa.triton_select import to_dot
+from openm3.msa.triton_select import in_order, to_dot
 
 INF = tl.constexpr(float("inf"))
+EXPONENT = tl.constexpr(0x7F800000)  # the bits of a positive float32 that make it a power of two
+LARGEST = tl.constexpr(3.4e38)
+TINY = tl.constexpr(2.0**-100)  # more than what products may lose that are too small for float32
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -28,41 +32,87 @@ def nth(listed, n, SPAN: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, SPAN) == n, listed, 0), 0)
 
 
-@triton.jit(do_not_specialize=["table_row", "width"])
-def score_step(
-    q_ptr, k_pages, k_scale_ptr, scores_ptr, cu_q_ptr, positions_ptr, table_ptr, q_token, q_head, table_row,
-    scale_page, width, EACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    D: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+@triton.jit
+def index_rows(
+    q_ptr, cu_q_ptr, positions_ptr, seq, q_token, q_head, EACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
-    """One of the equal shares, of at most SPAN, of a sequence's blocks against all its rows: (query, index head)."""
-    enter(PDL)
-    seq = tl.program_id(1)
+    """A sequence's (query, index head) rows: its queries [D, ROWS], their positions (-1 for none), which are real."""
     first, count = queries_of(cu_q_ptr, seq, EACH)
     rows = tl.arange(0, ROWS)
     real = rows < count * HEADS
     token = first + rows // HEADS
     position = tl.load(positions_ptr + token, mask=real, other=-1).to(tl.int32)
+    d = tl.arange(0, D)
+    q_at = q_ptr + token.to(tl.int64) * q_token + (rows % HEADS) * q_head
+    return tl.trans(tl.load(q_at[:, None] + d[None], mask=real[:, None], other=0.0)), position, real
+
+
+@triton.jit
+def page_scores(k_pages, page, block, q, position, BLOCK: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr):
+    """[BLOCK, ROWS] scores of one page's keys, -inf where a row does not see one. Equal keys give equal bits."""
+    k = to_dot(k_pages.load([page, 0, 0]).reshape([BLOCK, D]), DOT)
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    return tl.where(key[:, None] <= position[None], tl.dot(k, q), -INF)
+
+
+@triton.jit
+def _units(q):
+    """[D, ROWS] -> float32 [ROWS]: the power of two in each row's largest number, 1 for zeros."""
+    unit = (tl.max(tl.abs(q.to(tl.float32)), 0).to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)
+    return tl.where(unit > 0.0, unit, 1.0)
+
+
+@triton.jit(do_not_specialize=["table_row", "width"])
+def score_step(
+    q_ptr, k_pages, k_scale_ptr, k_error_ptr, scores_ptr, cu_q_ptr, positions_ptr, table_ptr, q_token, q_head,
+    table_row, scale_page, width, k_mul, EACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr,
+    BOUNDS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One of the equal shares, of at most SPAN, of a sequence's blocks against all its rows: (query, index head).
+
+    A block's best score; with BOUNDS what the best can be at most, given the page's error, as an integer of the same
+    order whose low bits are the best key's place. A scale is positive: it may wait until one score a block is left.
+    NARROW keys, fp8, become float16, a third of the work of bfloat16; so queries do, in units of a power of two a row.
+    """
+    enter(PDL)
+    seq = tl.program_id(1)
+    q, position, real = index_rows(q_ptr, cu_q_ptr, positions_ptr, seq, q_token, q_head, EACH, HEADS, ROWS, D)
+    if NARROW:
+        unit = _units(q)
+        q = q.to(tl.float32) / unit[None]
+        length = unit * tl.sqrt(tl.sum(q * q, 0))
+        unit *= k_mul
+    q = q.to(DOT)
     blocks = (tl.max(position, 0) + BLOCK) // BLOCK
     share = tl.cdiv(blocks, tl.num_programs(0))
     begin = tl.program_id(0) * share
     end = tl.minimum(begin + share, blocks)
-    d = tl.arange(0, D)
-    q_at = q_ptr + token.to(tl.int64) * q_token + (rows % HEADS) * q_head
-    q = tl.trans(tl.load(q_at[:, None] + d[None], mask=real[:, None], other=0.0).to(DOT))
-    key = tl.arange(0, BLOCK)
-    out = scores_ptr + (seq * ROWS + rows).to(tl.int64) * width
-    table = table_ptr + seq.to(tl.int64) * table_row
+    out = scores_ptr + (seq * ROWS + tl.arange(0, ROWS)).to(tl.int64) * width
     nearby = begin + tl.arange(0, SPAN)
-    pages = tl.load(table + nearby, mask=nearby < end, other=0)
+    pages = tl.load(table_ptr + seq.to(tl.int64) * table_row + nearby, mask=nearby < end, other=0)
+    if SCALED:
+        scales = tl.load(k_scale_ptr + pages.to(tl.int64) * scale_page)
+    if BOUNDS:
+        errors = tl.load(k_error_ptr + pages)
     for block in tl.range(begin, end, num_stages=STAGES):
-        page = nth(pages, block - begin, SPAN)
-        k = to_dot(k_pages.load([page, 0, 0]).reshape([BLOCK, D]), DOT)
-        scores = tl.dot(k, q)  # [BLOCK, ROWS]
-        scores = tl.where((block * BLOCK + key)[:, None] <= position[None], scores, -INF)
-        best = tl.max(scores, 0)
-        if SCALED:  # a scale is positive: it may wait until one score a block is left
-            best *= tl.load(k_scale_ptr + page.to(tl.int64) * scale_page)
+        n = block - begin
+        scores = page_scores(k_pages, nth(pages, n, SPAN), block, q, position, BLOCK, D, DOT)
+        if BOUNDS:
+            order = in_order(scores.to(tl.int32, bitcast=True))
+            order = tl.max((order & -BLOCK) | tl.arange(0, BLOCK)[:, None], 0)
+            best = in_order(order & -BLOCK).to(tl.float32, bitcast=True)
+        else:
+            best = tl.max(scores, 0)
+        if NARROW:
+            best *= unit
+        if SCALED:
+            best *= nth(scales, n, SPAN)
+        if BOUNDS:
+            best += length * nth(errors, n, SPAN) + TINY
+            best = tl.where(best < LARGEST, best, LARGEST)  # an infinite bound, or none that is a number
+            best = (in_order(best.to(tl.int32, bitcast=True)) & -BLOCK) | (order & (BLOCK - 1))
         tl.store(out + block, best, mask=real)
 
 

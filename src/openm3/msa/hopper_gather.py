@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openm3.msa.hopper_decode import EXPONENT
+from openm3.msa.triton_select import to_dot
+
 INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -41,12 +44,14 @@ def by_page(pages: Tensor, pool: int, chunk: int, most: int) -> tuple[Tensor, Te
 
 @triton.jit(do_not_specialize=["entries", "chunks", "lo", "tokens", "head0"])
 def attend_gathered(
-    q_ptr, k_pages, v_pages, keys_ptr, order_ptr, starts_ptr, blocks_ptr, part_ptr, part_lse_ptr, positions_ptr,
-    q_token, q_head, entries, chunks, lo, tokens, head0, score_mul, GROUP: tl.constexpr, SHARE: tl.constexpr,
-    TOPK: tl.constexpr, QUERIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-    STAGES: tl.constexpr,
+    q_ptr, k_pages, v_pages, k_scale_ptr, v_scale_ptr, keys_ptr, order_ptr, starts_ptr, blocks_ptr, part_ptr,
+    unit_ptr, part_lse_ptr, positions_ptr, q_token, q_head, k_scale_page, k_scale_head, v_scale_page, v_scale_head,
+    entries, chunks, lo, tokens, head0, score_mul, v_mul, GROUP: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr,
+    QUERIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, K_SCALED: tl.constexpr,
+    V_SCALED: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of queries and one KV head. Parts of queries lo .. lie as [query, head of the group, slot, D]."""
+    """One chunk of queries and one KV head. Parts of queries lo .. lie as [query, head of the group, slot, D], float16
+    in units of a power of two a row: bfloat16 would round the result twice."""
     r = head0 + tl.program_id(1)
     row = (r // SHARE).to(tl.int64)
     start = tl.load(starts_ptr + row * (chunks + 1) + tl.program_id(0))
@@ -58,8 +63,12 @@ def attend_gathered(
         nth = tl.arange(0, CHUNK)
         same = tl.load(keys_ptr + nth, mask=start + nth < entries, other=-1) == page
         count = tl.sum(same.to(tl.int32), 0)
-        k = tl.trans(k_pages.load([page, r, 0, 0]).reshape([BLOCK, D]))
-        v = v_pages.load([page, r, 0, 0]).reshape([BLOCK, D])
+        k = tl.trans(to_dot(k_pages.load([page, r, 0, 0]).reshape([BLOCK, D]), DOT))
+        v = to_dot(v_pages.load([page, r, 0, 0]).reshape([BLOCK, D]), DOT)
+        if K_SCALED:
+            score_mul *= tl.load(k_scale_ptr + page.to(tl.int64) * k_scale_page + r * k_scale_head)
+        if V_SCALED:
+            v_mul *= tl.load(v_scale_ptr + page.to(tl.int64) * v_scale_page + r * v_scale_head)
         rows = tl.arange(0, QUERIES * GROUP)
         head = rows % GROUP
         d = tl.arange(0, D)
@@ -79,17 +88,19 @@ def attend_gathered(
             total = tl.sum(p, 1)
             some = total > 0.0
             whole = tl.where(some, total, 1.0)
-            out = tl.dot(p.to(v.dtype), v) / whole[:, None]
+            out = tl.dot(p.to(DOT), v) * (v_mul / whole)[:, None]
+            unit = (tl.max(tl.abs(out), 1).to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)
+            unit = tl.where(unit > 0.0, unit, 1.0)
             to = (query * GROUP + head) * TOPK + entry % TOPK
-            tl.store(part_ptr + to[:, None] * D + d[None], out.to(part_ptr.dtype.element_ty), mask=real[:, None])
+            tl.store(part_ptr + to[:, None] * D + d[None], (out / unit[:, None]).to(tl.float16), mask=real[:, None])
+            tl.store(unit_ptr + to, unit, mask=real)
             tl.store(part_lse_ptr + to, tl.where(some, (top + tl.log2(whole)) * LN2, -INF), mask=real)
 
 
 @triton.jit(do_not_specialize=["lo", "tokens", "heads", "r"])
 def join_slots(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, blocks_ptr, tile_ptr, length_ptr, lo, tokens, heads, r,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr,
-    D: tl.constexpr,
+    part_ptr, unit_ptr, part_lse_ptr, out_ptr, lse_ptr, blocks_ptr, tile_ptr, length_ptr, lo, tokens, heads, r,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One query head of one query, if its tile was not attended to as one: its union's length is then negative."""
     query = (tl.program_id(0) // GROUP).to(tl.int64)
@@ -106,6 +117,7 @@ def join_slots(
         weight = tl.exp(lse - safe)
         total = tl.sum(weight, 0)
         whole = tl.where(total > 0.0, total, 1.0)
+        weight *= tl.load(unit_ptr + at, mask=real, other=0.0)
         to = (lo + query) * heads + r * GROUP + head
         tl.store(out_ptr + to * D + d, (tl.sum(x * weight[:, None], 0) / whole).to(out_ptr.dtype.element_ty))
         tl.store(lse_ptr + to, tl.where(total > 0.0, safe + tl.log(whole), -INF))

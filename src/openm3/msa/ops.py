@@ -23,11 +23,12 @@ _ATTENTION += "Tensor? v_scale, str? backend"
 
 
 def select_blocks(
-    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, backend: str | None
-) -> tuple[Tensor, Tensor]:
+    index_q: Tensor, index_k: Tensor, plan: Plan, index_k_scale: Scale, scores: bool, backend: str | None,
+    exact: Tensor | None = None, error: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `dispatch.select_blocks`, through the registered op; without `scores` they are empty."""
     args = (index_q.detach(), index_k.detach(), plan.tensors(), plan.topk, _tensor(index_k_scale), scores, backend)
-    return torch.ops.openm3.select_blocks(*args)
+    return torch.ops.openm3.select_blocks(*args, exact, error)
 
 
 def attention(
@@ -66,15 +67,15 @@ def _scale(scale: Tensor | None) -> Scale:
 @torch.library.custom_op("openm3::select_blocks", mutates_args=())
 def _select_blocks(
     index_q: Tensor, index_k: Tensor, plan: Sequence[Tensor], topk: int, index_k_scale: Tensor | None, scores: bool,
-    backend: str | None,
+    backend: str | None, exact: Tensor | None = None, error: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    args = (index_q, index_k, Plan.from_tensors(plan), _scale(index_k_scale), scores, backend)
+    args = (index_q, index_k, Plan.from_tensors(plan), _scale(index_k_scale), scores, backend, exact, error)
     blocks, values = dispatch.select_blocks(*args)
     return blocks.contiguous(), values.contiguous() if scores else index_q.new_empty(0, dtype=torch.float32)
 
 
 @_select_blocks.register_fake
-def _(index_q, index_k, plan, topk, index_k_scale, scores, backend):
+def _(index_q, index_k, plan, topk, index_k_scale, scores, backend, exact=None, error=None):
     shape = (index_q.shape[1], index_q.shape[0], topk)
     return index_q.new_empty(shape, dtype=torch.int32), index_q.new_empty(shape if scores else 0, dtype=torch.float32)
 

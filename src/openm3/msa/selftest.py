@@ -19,7 +19,16 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from openm3.msa import BACKENDS, Plan, dense_attention, dispatch, index_loss, select_blocks, sparse_attention
+from openm3.msa import (
+    BACKENDS,
+    Plan,
+    dense_attention,
+    dispatch,
+    index_error,
+    index_loss,
+    select_blocks,
+    sparse_attention,
+)
 
 FP8 = torch.float8_e4m3fn
 OUTPUT = {torch.float32: 1e-5, torch.bfloat16: 5e-3, FP8: 1e-5}
@@ -105,6 +114,8 @@ PROBLEMS = (
     Problem("M3 chunk", (72,), (2300,), **M3),
     Problem("M3 decode", (1, 1), (2900, 300), **M3),
 )
+# Long enough for a scan in fp8 to be worth it; its selection only.
+LONG = Problem("M3 long decode", (1,), (70_000,), **M3 | dict(hq=1, hkv=1))
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,20 @@ def selection(problem: Problem, backend: str, device: str, dtype: torch.dtype, p
     found, scores = select_blocks(t.index_q, t.index_k, plan, return_scores=True, backend=backend)
     alone = select_blocks(t.index_q, t.index_k, plan, backend=backend)
     return float((found != wanted).sum() + (scores != values).sum() + (alone != wanted).sum())
+
+
+def exact_selection(problem: Problem, backend: str, device: str) -> float:
+    """The same from fp8 pages with the bf16 ones beside them, on integers that fp8 rounds."""
+    t, plan = problem.draw(device, torch.bfloat16, integers=True), problem.plan(device, paged=True)
+    t = t.map(lambda k: problem.in_pages((31 * k + k.roll(1, -1))[:, None])[:, 0], "index_k")
+    scale = t.index_k.float().abs().amax((1, 2)).clamp_min(1.0) / 448
+    keys = (t.index_k / scale[:, None, None]).to(FP8)
+    copies = dict(
+        index_k_scale=scale, index_k_exact=t.index_k, index_k_error=index_error(t.index_k, keys, scale)
+    )  # fmt: skip
+    wanted, values = select_blocks(t.index_q, t.index_k, plan, return_scores=True, backend="reference")
+    found, scores = select_blocks(t.index_q, keys, plan, return_scores=True, backend=backend, **copies)
+    return float((found != wanted).sum() + (scores != values).sum())
 
 
 def _blocks(problem: Problem, t: Inputs, device: str) -> Tensor:
@@ -219,6 +244,11 @@ def checks(backend: str, device: str) -> Iterator[tuple[str, Problem, float, Cal
                         TF32 if rounds and dtype == torch.float32 else OUTPUT[dtype],
                         lambda args=args, d=dtype, p=paged, s=sparse: attention(*args, d, p, s),
                     )  # fmt: skip
+    for problem in (*PROBLEMS, LONG):
+        yield (
+            "selection, pages, fp8 + bf16", problem, 0.0,
+            lambda args=(problem, backend, device): exact_selection(*args),
+        )  # fmt: skip
     for problem in PROBLEMS[:2]:
         args = (problem, backend, device)
         for sparse in (True, False):

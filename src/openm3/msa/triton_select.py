@@ -17,8 +17,8 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def to_dot(x, DOT: tl.constexpr):
-    """To the dtype of a product, exactly; fp8 by way of float32, because sm_89 has no other way to bf16."""
-    if x.dtype == tl.float8e4nv:
+    """To the dtype of a product, exactly; fp8 to bf16 by way of float32, because sm_89 has no other."""
+    if x.dtype == tl.float8e4nv and tl.bfloat16 == DOT:
         x = x.to(tl.float32)
     return x.to(DOT)
 
@@ -123,12 +123,17 @@ def _maxima(
 
 
 @triton.jit
+def in_order(bits):
+    """A float32's bits as an integer of the same order, and back."""
+    return bits ^ ((bits >> 31) & HIGHEST)
+
+
+@triton.jit
 def _ranks(row, ids, seen, LOCAL: tl.constexpr, INIT: tl.constexpr):
     """Scores as integers of the same order; forced blocks above all, what is not seen below all."""
     score = tl.load(row + ids, mask=ids < seen, other=0.0)
     score = tl.where(score == 0.0, 0.0, score)  # the two zeros tie
-    bits = score.to(tl.int32, bitcast=True)
-    rank = bits ^ ((bits >> 31) & HIGHEST)
+    rank = in_order(score.to(tl.int32, bitcast=True))
     rank = tl.where((ids < INIT) | (ids >= seen - LOCAL), FORCED, rank)
     return tl.where(ids < seen, rank, LOWEST)
 
