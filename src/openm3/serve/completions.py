@@ -111,12 +111,11 @@ def _echoed(stream: Stream, server: Server) -> str:
 
 
 def _records(stream: Stream, body: CompletionBody) -> list[TokenLogprobs | None]:
-    """The log-probabilities that the choice shows: of the prompt where it is echoed, of the answer without its end."""
-    request = stream.request
-    answer = [] if body.max_tokens == 0 else request.logprobs
-    if answer and request.token_ids[-1] in request.eos_ids:
-        answer = answer[:-1]
-    return [*(request.prompt_logprobs if body.echo else ()), *answer]
+    """The log-probabilities that the choice shows: of the prompt where it is echoed, of the answer with its end token,
+    which the text leaves out. lm-eval counts on it: of an echo it takes all but the one token that it had to ask for.
+    """
+    answer = [] if body.max_tokens == 0 else stream.request.logprobs
+    return [*(stream.request.prompt_logprobs if body.echo else ()), *answer]
 
 
 def _logprobs(
