@@ -24,6 +24,9 @@ FOUND = [
     ("/v1/messages", {"model": "openm3-nano", "max_tokens": 1, "messages": [
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": 5}]}]}),
     ("/v1/responses", {"input": [{"type": "reasoning", "content": 5}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}),
+    ("/v1/messages", {"model": "openm3-nano", "max_tokens": 1, "messages": [
+        {"role": "user", "content": [{"type": "image", "source": {"type": {}}}]}]}),
 ]  # fmt: skip
 BODIES = {
     "/v1/chat/completions": {

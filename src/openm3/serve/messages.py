@@ -210,7 +210,7 @@ def _part(block: Any, where: str) -> dict[str, Any]:
     if form == "base64":
         url = f"data:{source.get('media_type')};base64,{source.get('data')}"
     else:
-        url = source.get({"url": "url", "file": "file_id"}.get(form, ""))
+        url = source.get("url") if form == "url" else source.get("file_id") if form == "file" else None
     if not isinstance(url, str):
         raise ApiError(400, f"{where}.source: must be of type base64, url or file, with media_type and data, url, or "
                             "file_id")  # fmt: skip
