@@ -14,7 +14,7 @@ from openm3.engine import Finish, Grammar, TokenLogprobs
 from openm3.engine.service import Stream
 from openm3.processing import Tokenizer
 from openm3.serve.chat import MIN_LOGPROB
-from openm3.serve.errors import ApiError, error_body, json_response
+from openm3.serve.errors import OPENAI_ERRORS, STREAMED, ApiError, error_body, json_response
 from openm3.serve.generation import (
     EventStream,
     Sampling,
@@ -27,6 +27,7 @@ from openm3.serve.generation import (
     submitted,
 )
 from openm3.serve.grammars import StructuredOutputs, response_grammar, structured_grammar
+from openm3.serve.schemas import Format
 
 PATH = "/v1/completions"
 DEFAULT_TOKENS = 16
@@ -38,12 +39,12 @@ class CompletionBody(Sampling):
     prompt: str | list[str] | list[int] | list[list[int]]
     model: str | None = None
     max_tokens: int | None = Field(DEFAULT_TOKENS, ge=0)
-    n: int = 1
+    n: int = Field(1, json_schema_extra={"minimum": 1})
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: Format | None = None
     structured_outputs: StructuredOutputs | None = None
     best_of: int | None = None
     suffix: str | None = None
@@ -51,9 +52,9 @@ class CompletionBody(Sampling):
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(tags=["openai"])
+    routes = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
 
-    @routes.post(PATH)
+    @routes.post(PATH, responses=STREAMED)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continues one text or several, each n times; choices come prompt by prompt."""
         server.check_model(body.model)
