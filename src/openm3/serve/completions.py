@@ -36,7 +36,7 @@ DEFAULT_TOKENS = 16
 class CompletionBody(Sampling):
     """The fields from `best_of` on are taken in their default only, or have no effect here."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(json_schema_extra={"minLength": 1, "minItems": 1})
     model: str | None = None
     max_tokens: int | None = Field(DEFAULT_TOKENS, ge=0)
     n: int = Field(1, json_schema_extra={"minimum": 1})

@@ -75,7 +75,7 @@ class Thinking(Body):
     """Whether the model thinks first; budget_tokens: after so many tokens of thinking it has to answer."""
 
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = None
+    budget_tokens: int | None = told(minimum=0)
     display: str | None = None
 
 

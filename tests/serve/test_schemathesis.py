@@ -1,0 +1,52 @@
+"""schemathesis, unmodified, over the served OpenAPI document: the answers are those that the document tells of, none is
+a 500, a traceback or late, and the document is good enough that much of what it describes is answered."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import Running, record
+
+# These hold all of a request's rules to be in its schema; that a model's name or a file's id is known, that a tool's
+# result follows its call and that a prompt fits are not.
+LEFT_OUT = "positive_data_acceptance,negative_data_rejection"
+POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens")
+
+
+def schemathesis(running: Running, *command: str, seconds: float) -> Counter[tuple[str, str]]:
+    """Runs schemathesis' command line against the server; how often which (route, status) came."""
+    run = subprocess.run(
+        [Path(sys.executable).parent / "schemathesis", "--no-color", *command, "--exclude-checks", LEFT_OUT,
+         "--continue-on-failure", "--request-timeout", "60", f"{running.url}/openapi.json"],
+        capture_output=True, text=True, timeout=seconds, cwd=Path(__file__).parent,
+        env=os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_checks"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    running.idle()
+    counted = re.findall(r'^openm3_http_requests_total{route="(.*)",status="(\d+)"} (\d+)',
+                         httpx.get(f"{running.url}/metrics").text, re.MULTILINE)  # fmt: skip
+    return Counter({(route, status): int(count) for route, status, count in counted})
+
+
+def test_the_answers_are_those_of_the_document(bounded):
+    statuses = schemathesis(bounded, "run", "--generation-deterministic", "--max-examples", "12", seconds=300)
+    assert min(statuses[path, "200"] for path in POSTS) >= 2
+
+
+@pytest.mark.soak
+def test_ten_minutes_find_no_answer_beside_the_document(bounded):
+    seed = random.randrange(2**32)
+    statuses = schemathesis(bounded, "fuzz", "--max-time", "600", "--seed", str(seed),
+                            "--generation-database", "none", seconds=900)  # fmt: skip
+    by_status = Counter({status: 0 for _, status in statuses})
+    for (_, status), count in statuses.items():
+        by_status[status] += count
+    record("10 minutes of schemathesis", seed=seed, requests=by_status.total(), statuses=dict(sorted(by_status.items())))
