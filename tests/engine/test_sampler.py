@@ -165,9 +165,10 @@ def test_log_probabilities_are_a_log_softmax_and_the_likeliest_come_first():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("min_p", 1.5), ("repetition_penalty", 0), ("repetition_penalty", 5e-324), ("temperature", 8e307), ("presence_penalty", 3), ("frequency_penalty", "x"), ("n", 0),
+    [("min_p", 1.5), ("repetition_penalty", 0), ("presence_penalty", 3), ("frequency_penalty", "x"), ("n", 0),
      ("logprobs", -1), ("prompt_logprobs", True), ("thinking_budget", 1.5), ("stop_token_ids", (-1,)),
-     ("logit_bias", {"a": 1}), ("logit_bias", {1: 101})],
+     ("logit_bias", {"a": 1}), ("logit_bias", {1: 101}), ("repetition_penalty", 5e-324),
+     ("temperature", 8e307)],
 )  # fmt: skip
 def test_a_parameter_out_of_its_range_is_refused_by_name(field, value):
     with pytest.raises(RequestError, match=f"^{field} = "):

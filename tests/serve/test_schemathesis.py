@@ -46,7 +46,7 @@ def test_ten_minutes_find_no_answer_beside_the_document(bounded):
     seed = random.randrange(2**32)
     statuses = schemathesis(bounded, "fuzz", "--max-time", "600", "--seed", str(seed),
                             "--generation-database", "none", seconds=900)  # fmt: skip
-    by_status = Counter({status: 0 for _, status in statuses})
+    totals: Counter[str] = Counter()
     for (_, status), count in statuses.items():
-        by_status[status] += count
-    record("10 minutes of schemathesis", seed=seed, requests=by_status.total(), statuses=dict(sorted(by_status.items())))
+        totals[status] += count
+    record("10 minutes of schemathesis", seed=seed, requests=totals.total(), statuses=dict(sorted(totals.items())))
