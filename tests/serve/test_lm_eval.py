@@ -15,15 +15,18 @@ from openm3.engine import LLM, SamplingParams
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "src" / "openm3" / "weights" / "openm3-nano"
-HOW = [{"num_concurrent": 4, "batch_size": 3}, {"num_concurrent": 1, "tokenized_requests": False}]
+HOW = [{"num_concurrent": 4, "batch_size": 3}, {"tokenized_requests": False, "limit": 6}]
 
 
-def scored(running: Running, task: str, **how: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def scored(
+    running: Running, task: str, limit: int | None = None, **how: Any
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(a task's metrics, its samples) by lm-eval's own evaluator."""
     args = {"model": "openm3-nano", "base_url": f"{running.url}/v1/completions", "tokenizer": str(MODEL),
             "tokenizer_backend": "huggingface", "max_length": 8192} | how  # fmt: skip
     tasks = TaskManager(include_path=str(ROOT / "examples" / "lm_eval"), include_defaults=False)
-    found = lm_eval.simple_evaluate("local-completions", args, [task], task_manager=tasks, bootstrap_iters=0)
+    found = lm_eval.simple_evaluate("local-completions", args, [task], task_manager=tasks, limit=limit,
+                                    bootstrap_iters=0)  # fmt: skip
     running.idle()
     return found["results"][task], found["samples"][task]
 
@@ -51,7 +54,7 @@ def test_every_choice_is_scored_as_the_network_scores_it(running, llm, how, monk
         assert [greedy for _, greedy in given] == [greedy for _, greedy in own]
         right += max(range(4), key=lambda i: own[i][0]) == sample["doc"]["answer"]
     assert results["acc,none"] == pytest.approx(right / len(samples))
-    assert right >= 14  # of 16; four by chance
+    assert right >= 0.8 * len(samples)  # a quarter by chance
 
 
 def test_written_answers_are_those_of_the_model(running, llm, monkeypatch):
