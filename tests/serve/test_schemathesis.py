@@ -47,9 +47,11 @@ def schemathesis(running: Running, folder: Path, *command: str, seconds: float) 
 
 
 def test_the_answers_are_those_of_the_document(brief, tmp_path):
-    statuses = schemathesis(brief, tmp_path, "run", "--phases", "fuzzing,stateful", "--generation-deterministic",
-                            "--max-examples", "12", seconds=300)  # fmt: skip
-    assert min(statuses[path, "200"] for path in POSTS) >= 1, statuses
+    statuses = schemathesis(brief, tmp_path, "run", "--phases", "examples,fuzzing,stateful", "--max-examples", "8",
+                            "--generation-deterministic", seconds=300)  # fmt: skip
+    answered = [statuses[path, "200"] for path in POSTS]
+    assert min(answered) >= 1
+    assert sum(answered) >= 10  # the document's examples are 5 of them
 
 
 @pytest.mark.soak

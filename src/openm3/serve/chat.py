@@ -32,7 +32,7 @@ from openm3.serve.generation import (
     told,
 )
 from openm3.serve.grammars import StructuredOutputs, response_grammar, structured_grammar, tool_grammar
-from openm3.serve.schemas import Format, Messages, TemplateOptions, ToolChoice, Tools
+from openm3.serve.schemas import HELLO, Format, Messages, TemplateOptions, ToolChoice, Tools, example
 
 PATH = "/v1/chat/completions"
 MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -40,6 +40,8 @@ MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 class ChatBody(Sampling):
     """The fields from `store` on are taken and have no effect here."""
+
+    model_config = example(messages=HELLO, max_completion_tokens=16)
 
     messages: Messages
     model: str | None = None

@@ -27,7 +27,7 @@ from openm3.serve.generation import (
     submitted,
 )
 from openm3.serve.grammars import StructuredOutputs, response_grammar, structured_grammar
-from openm3.serve.schemas import Format
+from openm3.serve.schemas import Format, example
 
 PATH = "/v1/completions"
 DEFAULT_TOKENS = 16
@@ -35,6 +35,8 @@ DEFAULT_TOKENS = 16
 
 class CompletionBody(Sampling):
     """The fields from `best_of` on are taken in their default only, or have no effect here."""
+
+    model_config = example(prompt="The colour of the", max_tokens=4)
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(json_schema_extra={"minLength": 1, "minItems": 1})
     model: str | None = None

@@ -32,7 +32,7 @@ from openm3.serve.generation import (
     told,
 )
 from openm3.serve.grammars import response_grammar, tool_grammar
-from openm3.serve.schemas import Blocks, FlatFormat, Texts
+from openm3.serve.schemas import HELLO, Blocks, FlatFormat, Texts, example
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -64,6 +64,8 @@ class Turn(Loose):
 class CountBody(Body):
     """The fields from `metadata` on are taken and have no effect here."""
 
+    model_config = example(model="openm3-nano", messages=HELLO)
+
     messages: list[Turn] = Field(json_schema_extra={"minItems": 1})
     model: str
     system: str | Texts | None = None
@@ -78,6 +80,8 @@ class CountBody(Body):
 
 
 class MessagesBody(CountBody):
+    model_config = example(model="openm3-nano", messages=HELLO, max_tokens=16)
+
     max_tokens: int = Field(json_schema_extra={"minimum": 1})
     stream: bool = False
     temperature: float | None = told(minimum=0, maximum=100)

@@ -33,7 +33,7 @@ from openm3.serve.generation import (
     told,
 )
 from openm3.serve.grammars import response_grammar, tool_grammar
-from openm3.serve.schemas import FlatFormat, FlatToolChoice, FlatTools, Items, TemplateOptions
+from openm3.serve.schemas import FlatFormat, FlatToolChoice, FlatTools, Items, TemplateOptions, example
 
 PATH = "/v1/responses"
 TEXTS = ("input_text", "output_text", "text")
@@ -49,6 +49,8 @@ class TextOptions(Loose):
 
 class ResponsesBody(Sampling):
     """The fields from `include` on are taken and have no effect here."""
+
+    model_config = example(input="Hello!", max_output_tokens=16)
 
     input: str | Items
     model: str | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import WithJsonSchema
+from pydantic import ConfigDict, WithJsonSchema
 
 from openm3.processing.messages import ROLES
 from openm3.serve.media import DETAILS, VIDEO_OPTIONS
@@ -86,6 +86,13 @@ _result = _object("type tool_use_id", type=_is("tool_result"), tool_use_id=STRIN
 _use = _object("type id name input", type=_is("tool_use"), id=STRING, name=NAME, input=OBJECT)
 _thought = _object("type thinking", type=_is("thinking"), thinking=STRING)
 
+
+def example(**body: Any) -> ConfigDict:
+    """A body's `model_config` with an example for the document."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
+HELLO = [{"role": "user", "content": "Hello!"}]
 Objects = list[dict[str, Any]]
 Messages = Annotated[Objects, WithJsonSchema(_list(_message, 1))]
 Tools = Annotated[Objects, WithJsonSchema(_list(_object("type function", type=_is("function"), function=_function)))]
