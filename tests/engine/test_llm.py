@@ -332,7 +332,7 @@ def test_max_tokens_beyond_the_context_ends_with_the_context(network, processor)
         (lambda llm: llm.generate(""), "prompt is empty"),
         (lambda llm: llm.generate(["a", "b"], stream=True), "2 prompts with stream=True"),
         (lambda llm: llm.generate("look: ]<]image[>["), "1 image placeholder tokens in the prompt, no image"),
-        (lambda llm: SamplingParams(temperature=-1), "temperature = -1: must be a number of at least 0"),
+        (lambda llm: SamplingParams(temperature=-1), "temperature = -1: must be a number from 0 to 100"),
         (lambda llm: SamplingParams(top_p=0), "top_p = 0: must be a number above 0"),
         (lambda llm: SamplingParams(top_k=1.5), "top_k = 1.5: must be an integer"),
         (lambda llm: SamplingParams(max_tokens=0), "max_tokens = 0: must be an integer of at least 1"),

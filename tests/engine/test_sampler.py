@@ -98,6 +98,12 @@ def test_temperature_zero_takes_the_highest_and_the_first_of_equals():
     assert sample(logits, [params(0.0)] * 2, [1, 2], [0, 0]) == [1, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-45, 5e-324])
+def test_a_temperature_that_would_overflow_the_logits_is_zero(temperature):
+    logits = torch.tensor([[0.0, 30.0, 29.0], [-30.0, -torch.inf, -1.0]])
+    assert sample(logits, [params(temperature)] * 2, [1, 2], [0, 0]) == [1, 2]
+
+
 def test_minus_infinity_is_never_drawn():
     logits = torch.full((200, 9), -torch.inf)
     logits[:, 4] = 0.0
@@ -161,7 +167,8 @@ def test_log_probabilities_are_a_log_softmax_and_the_likeliest_come_first():
     ("field", "value"),
     [("min_p", 1.5), ("repetition_penalty", 0), ("presence_penalty", 3), ("frequency_penalty", "x"), ("n", 0),
      ("logprobs", -1), ("prompt_logprobs", True), ("thinking_budget", 1.5), ("stop_token_ids", (-1,)),
-     ("logit_bias", {"a": 1}), ("logit_bias", {1: 101})],
+     ("logit_bias", {"a": 1}), ("logit_bias", {1: 101}), ("repetition_penalty", 5e-324),
+     ("temperature", 8e307)],
 )  # fmt: skip
 def test_a_parameter_out_of_its_range_is_refused_by_name(field, value):
     with pytest.raises(RequestError, match=f"^{field} = "):

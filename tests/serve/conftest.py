@@ -26,6 +26,13 @@ def running(llm: LLM) -> Iterator[Running]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def bounded() -> Iterator[Running]:
+    """A server whose cache holds 1,024 tokens: no answer is longer, whatever a random request asks for."""
+    with serving(lambda: LLM("openm3-nano", cache_tokens=1024, max_batch_tokens=512)) as server:
+        yield server
+
+
 @pytest.fixture
 def client(running: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as made:

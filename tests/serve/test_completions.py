@@ -75,6 +75,15 @@ def test_an_echoed_text_is_scored_as_lm_eval_reads_it(client, llm):
     assert alone.logprobs.token_logprobs[1:] == pytest.approx(expected[:-1], abs=1e-4)
 
 
+def test_an_answer_that_ends_shows_the_token_that_ended_it(client):
+    asked = "]~b]user\nWhat is 59 + 63?[e~[\n]~b]ai\n</mm:think>"
+    [choice] = client.completions.create(**NANO, prompt=asked, max_tokens=9, logprobs=0).choices
+    assert (choice.text, choice.finish_reason, choice.logprobs.tokens[-1]) == ("122", "stop", "[e~[")
+    assert choice.logprobs.token_logprobs[-1] > -0.1
+    one_more = client.completions.create(**NANO, prompt=asked + "122", max_tokens=1, logprobs=0, echo=True).choices[0]
+    assert one_more.logprobs.tokens[-1] == "[e~["  # where it ends at once too: one token was asked for, one is scored
+
+
 def test_streamed_logprobs_are_those_of_the_whole_answer(client):
     options = NANO | {"prompt": TEXT, "max_tokens": 8, "logprobs": 2}
     whole = client.completions.create(**options).choices[0].logprobs

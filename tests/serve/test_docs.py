@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -35,8 +36,9 @@ def test_an_example_runs_as_it_stands(running: Running, language: str, code: str
         exec(compile(code, "example", "exec"), {"__name__": "example"})
         shown = capsys.readouterr().out
     else:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the tools of the test extra are
         run = subprocess.run(["bash", "-euo", "pipefail", "-c", code], capture_output=True, text=True, timeout=120,
-                             cwd=ROOT)  # fmt: skip
+                             cwd=ROOT, env=os.environ | {"PATH": path})  # fmt: skip
         assert run.returncode == 0, run.stderr
         shown = run.stdout
     assert shown.strip()

@@ -24,6 +24,11 @@ FOUND = [
     ("/v1/messages", {"model": "openm3-nano", "max_tokens": 1, "messages": [
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": 5}]}]}),
     ("/v1/responses", {"input": [{"type": "reasoning", "content": 5}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}),
+    ("/v1/messages", {"model": "openm3-nano", "max_tokens": 1, "messages": [
+        {"role": "user", "content": [{"type": "image", "source": {"type": {}}}]}]}),
+    ("/v1/responses", {"input": "Hello", "temperature": 8e307}),
+    ("/v1/responses", {"input": "Hello", "repetition_penalty": 5e-324}),
 ]  # fmt: skip
 BODIES = {
     "/v1/chat/completions": {
@@ -95,10 +100,6 @@ def fuzz(running: Running, count: int, seed: int) -> dict[int, int]:
         for i in range(count):
             path = rng.choice([*BODIES, "/v1/messages/count_tokens"])
             body = changed(BODIES[path.removesuffix("/count_tokens")], rng)
-            if isinstance(body, dict):
-                for name in ("max_tokens", "max_output_tokens"):  # the answers' length is not what is searched
-                    if name in BODIES.get(path, {}):
-                        body.setdefault(name, 2)
             data = json.dumps(body)
             answer = client.post(path, content=data, headers={"Content-Type": "application/json"})
             statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
@@ -109,22 +110,23 @@ def fuzz(running: Running, count: int, seed: int) -> dict[int, int]:
     return statuses
 
 
-def test_no_random_body_makes_the_server_fail(running):
-    statuses = fuzz(running, 80, seed=0)
+def test_no_random_body_makes_the_server_fail(bounded):
+    statuses = fuzz(bounded, 80, seed=0)
     assert statuses[200] > 3
     assert statuses[400] > 40
-    running.idle()
+    bounded.idle()
 
 
 @pytest.mark.parametrize(("path", "body"), FOUND)
-def test_what_was_found_is_refused(running, path, body):
-    answer = httpx.post(running.url + path, json=body, timeout=60)
+def test_what_was_found_is_refused(bounded, path, body):
+    answer = httpx.post(bounded.url + path, json=body, timeout=60)
     assert answer.status_code == 400, answer.text
 
 
 @pytest.mark.soak
-def test_no_random_body_of_ten_thousand_makes_the_server_fail(running):
+def test_no_random_body_of_ten_thousand_makes_the_server_fail(bounded):
     seed = random.randrange(2**32)
-    statuses = fuzz(running, 10_000, seed)
-    running.idle()
+    print("seed", seed)
+    statuses = fuzz(bounded, 10_000, seed)
+    bounded.idle()
     record("10,000 random bodies", seed=seed, statuses={str(status): n for status, n in sorted(statuses.items())})

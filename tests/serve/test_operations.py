@@ -162,6 +162,14 @@ def test_the_page_needs_nothing_from_elsewhere(running):
         assert (answer.status_code, set(answer.json())) == (404, {"error"})
 
 
+@pytest.mark.parametrize(("path", "allowed"), [("/v1/files", "GET, POST"), ("/v1/files/file-1", "DELETE, GET"),
+                                               ("/v1/models/a/b", "GET"), ("/v1/messages", "POST")])  # fmt: skip
+def test_a_method_that_is_not_there_is_told_which_are(running, path, allowed):
+    answer = httpx.put(running.url + path)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
+    assert "PUT is not possible" in answer.text
+
+
 def test_the_openapi_document_names_every_api(running):
     paths = httpx.get(running.url + "/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",

@@ -83,13 +83,13 @@ class SamplingParams:
         def is_count(least: int) -> Any:
             return lambda v: _is_number(v, int) and v >= least
 
-        check("temperature", lambda v: _is_number(v) and v >= 0, "must be a number of at least 0")
+        check("temperature", lambda v: _is_number(v) and 0 <= v <= 100, "must be a number from 0 to 100")
         check("top_p", lambda v: _is_number(v) and 0 < v <= 1, "must be a number above 0 and at most 1")
         check("top_k", is_count(0), "must be an integer of at least 0 (0: off)")
         check("seed", lambda v: _is_number(v, int), "must be an integer")
         check("max_tokens", is_count(1), "must be an integer of at least 1")
         check("min_p", lambda v: _is_number(v) and 0 <= v <= 1, "must be a number from 0 to 1")
-        check("repetition_penalty", lambda v: _is_number(v) and v > 0, "must be a number above 0")
+        check("repetition_penalty", lambda v: _is_number(v) and 0.01 <= v <= 100, "must be a number from 0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, lambda v: _is_number(v) and -2 <= v <= 2, "must be a number from -2 to 2")
         for name in ("logprobs", "prompt_logprobs", "thinking_budget"):

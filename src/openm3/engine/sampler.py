@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openm3.engine.request import Request, SamplingParams, TokenLogprobs
 
+COLDEST = 1e-4  # temperatures below draw the likeliest token: logits divided by less may overflow
 NUCLEUS_GUESS = 256  # candidates looked at first for top_p; more only where these hold too little probability
 
 
@@ -23,7 +24,7 @@ def sample(logits: Tensor, params: list[SamplingParams], seeds: list[int], place
     those equal to the lowest of them; top_p then keeps the likeliest tokens up to the one that reaches p, and those
     equal to it.
     """
-    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+    drawn = [i for i, p in enumerate(params) if p.temperature >= COLDEST]
     if not drawn:
         return logits.argmax(-1).tolist()
     some = logits if len(drawn) == len(params) else logits[drawn]

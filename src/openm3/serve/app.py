@@ -16,13 +16,13 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from openm3 import __version__
 from openm3.engine import LLM
 from openm3.engine.service import Service
 from openm3.serve import chat, completions, files, messages, responses
-from openm3.serve.errors import ApiError, api_error, error_response, json_response
+from openm3.serve.errors import OPENAI_ERRORS, ApiError, api_error, error_response, json_response
 from openm3.serve.files import FileStore
 from openm3.serve.gate import Gate
 from openm3.serve.generation import Server
@@ -80,11 +80,14 @@ def create_app(
     for kind in (ApiError, ValueError):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(Gate, options=options, metrics=metrics)
+    for schema in app.openapi()["components"]["schemas"].values():
+        if "model" in schema["properties"]:
+            schema["properties"]["model"] = {"type": "string", "enum": [*names]}
     return app
 
 
 def _operations(server: Server, metrics: Metrics) -> APIRouter:
-    routes = APIRouter(tags=["operations"])
+    routes = APIRouter(tags=["operations"], responses=OPENAI_ERRORS)
     service = server.service
 
     @routes.get("/health")
@@ -94,12 +97,12 @@ def _operations(server: Server, metrics: Metrics) -> APIRouter:
             raise ApiError(503, f"the model has failed: {type(service.error).__name__}", code="unavailable")
         return json_response({"status": "ok"})
 
-    @routes.get("/ready")
+    @routes.get("/ready", responses={503: {"description": "Not now"}})
     async def ready() -> Response:
         """200 while requests are taken; 503 while the model loads and while the server drains."""
         return json_response({"ready": service.ready}, 200 if service.ready else 503)
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus' text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -151,7 +154,13 @@ async def _on_http(request: Request, error: HTTPException) -> Response:
     said = {404: f"there is nothing at {request.url.path[:100]}",
             405: f"{request.method} is not possible at {request.url.path[:100]}"}  # fmt: skip
     message = said.get(error.status_code, str(error.detail))
-    return await _on_error(request, ApiError(error.status_code, message))
+    answer = await _on_error(request, ApiError(error.status_code, message))
+    answer.headers.update(error.headers or {})
+    if error.status_code == 405:  # all that the path has, whichever of its routes was asked
+        path = getattr(request.scope.get("route"), "path", "").replace(":path", "")
+        if known := request.app.openapi()["paths"].get(path):
+            answer.headers["Allow"] = ", ".join(sorted(method.upper() for method in known))
+    return answer
 
 
 async def _on_invalid(request: Request, error: RequestValidationError) -> Response:

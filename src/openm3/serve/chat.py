@@ -13,8 +13,9 @@ from starlette.responses import Response
 from openm3.engine import Finish
 from openm3.engine.service import Stream
 from openm3.processing import ContentDelta, ThinkingDelta, ToolCall
-from openm3.serve.errors import ApiError, error_body, json_response
+from openm3.serve.errors import OPENAI_ERRORS, STREAMED, ApiError, error_body, json_response
 from openm3.serve.generation import (
+    EFFORTS,
     Answer,
     EventStream,
     Sampling,
@@ -28,8 +29,10 @@ from openm3.serve.generation import (
     sse,
     submitted,
     thinking_mode,
+    told,
 )
 from openm3.serve.grammars import StructuredOutputs, response_grammar, structured_grammar, tool_grammar
+from openm3.serve.schemas import HELLO, Format, Messages, TemplateOptions, ToolChoice, Tools, example
 
 PATH = "/v1/chat/completions"
 MIN_LOGPROB = -9999.0  # JSON has no infinity
@@ -38,24 +41,26 @@ MIN_LOGPROB = -9999.0  # JSON has no infinity
 class ChatBody(Sampling):
     """The fields from `store` on are taken and have no effect here."""
 
-    messages: list[dict[str, Any]]
+    model_config = example(messages=HELLO, max_completion_tokens=16)
+
+    messages: Messages
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    n: int = 1
+    max_tokens: int | None = told(minimum=1)
+    max_completion_tokens: int | None = told(minimum=1)
+    n: int = Field(1, json_schema_extra={"minimum": 1})
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
-    response_format: dict[str, Any] | None = None
+    response_format: Format | None = None
     structured_outputs: StructuredOutputs | None = None
     thinking: Thinking | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     enable_thinking: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: str | None = told(enum=[*EFFORTS, None])
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
@@ -68,9 +73,9 @@ class ChatBody(Sampling):
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(tags=["openai"])
+    routes = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
 
-    @routes.post(PATH)
+    @routes.post(PATH, responses=STREAMED)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answers a conversation, whole or as a stream of chunks."""
         server.check_model(body.model)

@@ -14,7 +14,7 @@ from openm3.engine import Finish, Grammar, TokenLogprobs
 from openm3.engine.service import Stream
 from openm3.processing import Tokenizer
 from openm3.serve.chat import MIN_LOGPROB
-from openm3.serve.errors import ApiError, error_body, json_response
+from openm3.serve.errors import OPENAI_ERRORS, STREAMED, ApiError, error_body, json_response
 from openm3.serve.generation import (
     EventStream,
     Sampling,
@@ -27,6 +27,7 @@ from openm3.serve.generation import (
     submitted,
 )
 from openm3.serve.grammars import StructuredOutputs, response_grammar, structured_grammar
+from openm3.serve.schemas import Format, example
 
 PATH = "/v1/completions"
 DEFAULT_TOKENS = 16
@@ -35,15 +36,17 @@ DEFAULT_TOKENS = 16
 class CompletionBody(Sampling):
     """The fields from `best_of` on are taken in their default only, or have no effect here."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    model_config = example(prompt="The colour of the", max_tokens=4)
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(json_schema_extra={"minLength": 1, "minItems": 1})
     model: str | None = None
     max_tokens: int | None = Field(DEFAULT_TOKENS, ge=0)
-    n: int = 1
+    n: int = Field(1, json_schema_extra={"minimum": 1})
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: Format | None = None
     structured_outputs: StructuredOutputs | None = None
     best_of: int | None = None
     suffix: str | None = None
@@ -51,9 +54,9 @@ class CompletionBody(Sampling):
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(tags=["openai"])
+    routes = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
 
-    @routes.post(PATH)
+    @routes.post(PATH, responses=STREAMED)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continues one text or several, each n times; choices come prompt by prompt."""
         server.check_model(body.model)
@@ -111,12 +114,11 @@ def _echoed(stream: Stream, server: Server) -> str:
 
 
 def _records(stream: Stream, body: CompletionBody) -> list[TokenLogprobs | None]:
-    """The log-probabilities that the choice shows: of the prompt where it is echoed, of the answer without its end."""
-    request = stream.request
-    answer = [] if body.max_tokens == 0 else request.logprobs
-    if answer and request.token_ids[-1] in request.eos_ids:
-        answer = answer[:-1]
-    return [*(request.prompt_logprobs if body.echo else ()), *answer]
+    """The log-probabilities that the choice shows: of the prompt where it is echoed, of the answer with its end token,
+    which the text leaves out. lm-eval counts on it: of an echo it takes all but the one token that it had to ask for.
+    """
+    answer = [] if body.max_tokens == 0 else stream.request.logprobs
+    return [*(stream.request.prompt_logprobs if body.echo else ()), *answer]
 
 
 def _logprobs(

@@ -27,6 +27,25 @@ TYPES = {
 INTERNAL = "the server failed at this request; its log says more under the request's id"
 
 
+def _documented(error: dict[str, Any], **beside: Any) -> dict[int | str, dict[str, Any]]:
+    """Errors of a shape as the OpenAPI document has them."""
+    properties = {name: {"type": kind} for name, kind in error.items()}
+    inner = {"type": "object", "properties": properties, "required": [*properties]}
+    schema = {"type": "object", "properties": {"error": inner} | beside, "required": ["error"]}
+    content = {"application/json": {"schema": schema}}
+    return {"4XX": {"description": "A request that cannot be answered", "content": content},
+            "5XX": {"description": "The server cannot answer", "content": content}}  # fmt: skip
+
+
+OPENAI_ERRORS = _documented({"message": "string", "type": "string", "param": ["string", "null"],
+                             "code": ["string", "null"]})  # fmt: skip
+ANTHROPIC_ERRORS = _documented({"message": "string", "type": "string"}, type={"const": "error"},
+                               request_id={"type": ["string", "null"]})  # fmt: skip
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {}}}, "description": "Whole, or as a stream"}
+}
+
+
 class ApiError(Exception):
     """An answer that is an error. param: the field it is about; code: OpenAI's word for it, where there is one."""
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, UploadFile
 from starlette.responses import Response
 
-from openm3.serve.errors import ApiError, json_response
+from openm3.serve.errors import OPENAI_ERRORS, ApiError, json_response
 from openm3.serve.options import ServeOptions
 
 FILE_PREFIX = "file-"
@@ -96,7 +96,7 @@ class FileStore:
 
 
 def router(files: FileStore) -> APIRouter:
-    routes = APIRouter(tags=["files"])
+    routes = APIRouter(tags=["files"], responses=OPENAI_ERRORS)
 
     @routes.post("/v1/files")
     async def upload(file: UploadFile, purpose: Annotated[str, Form()] = "vision") -> Response:
@@ -116,7 +116,9 @@ def router(files: FileStore) -> APIRouter:
         """What is known of a file."""
         return json_response(asdict(files.get(file_id)))
 
-    @routes.get("/v1/files/{file_id}/content")
+    octets = {200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}}
+
+    @routes.get("/v1/files/{file_id}/content", response_class=Response, responses=octets)
     async def content(file_id: str) -> Response:
         """The file's bytes."""
         return Response(files.read(file_id), media_type="application/octet-stream",

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -50,6 +50,11 @@ class Server:
                            param="model", code="model_not_found")  # fmt: skip
 
 
+def told(**bounds: Any) -> Any:
+    """A field that may be left out, with bounds for the OpenAPI document: the engine checks them and says so better."""
+    return Field(None, json_schema_extra=bounds)
+
+
 class Body(BaseModel):
     """A request's JSON. A field that the API does not have is refused by name, so that a misspelt one is noticed."""
 
@@ -70,23 +75,23 @@ class Thinking(Body):
     """Whether the model thinks first; budget_tokens: after so many tokens of thinking it has to answer."""
 
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = None
+    budget_tokens: int | None = told(minimum=0)
     display: str | None = None
 
 
 class Sampling(Body):
     """How tokens are chosen, as OpenAI's APIs and other servers of open models spell it."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    temperature: float | None = told(minimum=0, maximum=100)
+    top_p: float | None = told(exclusiveMinimum=0, maximum=1)
+    top_k: int | None = told(minimum=-1)
+    min_p: float | None = told(minimum=0, maximum=1)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | list[str] | None = told(minLength=1)
     stop_token_ids: list[int] | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    repetition_penalty: float | None = told(minimum=0.01, maximum=100)
+    presence_penalty: float | None = told(minimum=-2, maximum=2)
+    frequency_penalty: float | None = told(minimum=-2, maximum=2)
     logit_bias: dict[int, float] | None = None
     priority: int = 0
 

@@ -177,7 +177,7 @@ class MediaSource:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             return part
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ApiError(400, f"{where}: a part of type {kind!r}; must be text, image_url or video_url",
                            param="messages")  # fmt: skip
         seen.count += 1

@@ -12,8 +12,9 @@ from starlette.responses import Response
 from openm3.engine import Finish, Grammar
 from openm3.engine.service import Stream
 from openm3.processing import ContentDelta, ThinkingDelta
-from openm3.serve.errors import ANTHROPIC_PATH, ApiError, error_body, json_response
+from openm3.serve.errors import ANTHROPIC_ERRORS, ANTHROPIC_PATH, STREAMED, ApiError, error_body, json_response
 from openm3.serve.generation import (
+    EFFORTS,
     Answer,
     Body,
     EventStream,
@@ -28,8 +29,10 @@ from openm3.serve.generation import (
     sse,
     submitted,
     thinking_mode,
+    told,
 )
 from openm3.serve.grammars import response_grammar, tool_grammar
+from openm3.serve.schemas import HELLO, Blocks, FlatFormat, Texts, example
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -49,21 +52,23 @@ class ToolChoice(Loose):
 
 
 class OutputConfig(Loose):
-    effort: str | None = None
-    format: dict[str, Any] | None = None
+    effort: str | None = told(enum=[*EFFORTS, None])
+    format: FlatFormat | None = None
 
 
 class Turn(Loose):
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: str | Blocks
 
 
 class CountBody(Body):
     """The fields from `metadata` on are taken and have no effect here."""
 
-    messages: list[Turn]
+    model_config = example(model="openm3-nano", messages=HELLO)
+
+    messages: list[Turn] = Field(json_schema_extra={"minItems": 1})
     model: str
-    system: str | list[dict[str, Any]] | None = None
+    system: str | Texts | None = None
     thinking: Thinking | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
@@ -75,18 +80,20 @@ class CountBody(Body):
 
 
 class MessagesBody(CountBody):
-    max_tokens: int
+    model_config = example(model="openm3-nano", messages=HELLO, max_tokens=16)
+
+    max_tokens: int = Field(json_schema_extra={"minimum": 1})
     stream: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    temperature: float | None = told(minimum=0, maximum=100)
+    top_p: float | None = told(exclusiveMinimum=0, maximum=1)
+    top_k: int | None = told(minimum=-1)
     stop_sequences: list[str] | None = None
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(tags=["anthropic"])
+    routes = APIRouter(tags=["anthropic"], responses=ANTHROPIC_ERRORS)
 
-    @routes.post(ANTHROPIC_PATH)
+    @routes.post(ANTHROPIC_PATH, responses=STREAMED)
     async def messages(body: MessagesBody, request: Request) -> Response:
         """Answers a conversation, whole or as a stream of events."""
         server.check_model(body.model)
@@ -210,7 +217,7 @@ def _part(block: Any, where: str) -> dict[str, Any]:
     if form == "base64":
         url = f"data:{source.get('media_type')};base64,{source.get('data')}"
     else:
-        url = source.get({"url": "url", "file": "file_id"}.get(form, ""))
+        url = source.get("url") if form == "url" else source.get("file_id") if form == "file" else None
     if not isinstance(url, str):
         raise ApiError(400, f"{where}.source: must be of type base64, url or file, with media_type and data, url, or "
                             "file_id")  # fmt: skip

@@ -15,8 +15,9 @@ from starlette.responses import Response
 from openm3.engine import Finish
 from openm3.engine.service import Stream
 from openm3.processing import ContentDelta, ThinkingDelta, ToolCall
-from openm3.serve.errors import ApiError, error_body, json_response
+from openm3.serve.errors import OPENAI_ERRORS, STREAMED, ApiError, error_body, json_response
 from openm3.serve.generation import (
+    EFFORTS,
     Answer,
     EventStream,
     Loose,
@@ -29,36 +30,40 @@ from openm3.serve.generation import (
     sse,
     submitted,
     thinking_mode,
+    told,
 )
 from openm3.serve.grammars import response_grammar, tool_grammar
+from openm3.serve.schemas import FlatFormat, FlatToolChoice, FlatTools, Items, TemplateOptions, example
 
 PATH = "/v1/responses"
 TEXTS = ("input_text", "output_text", "text")
 
 
 class Reasoning(Loose):
-    effort: str | None = None
+    effort: str | None = told(enum=[*EFFORTS, None])
 
 
 class TextOptions(Loose):
-    format: dict[str, Any] | None = None
+    format: FlatFormat | None = None
 
 
 class ResponsesBody(Sampling):
     """The fields from `include` on are taken and have no effect here."""
 
-    input: str | list[dict[str, Any]]
+    model_config = example(input="Hello!", max_output_tokens=16)
+
+    input: str | Items
     model: str | None = None
     instructions: str | None = None
     stream: bool = False
-    max_output_tokens: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    max_output_tokens: int | None = told(minimum=1)
+    tools: FlatTools | None = None
+    tool_choice: FlatToolChoice | None = None
     parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
     thinking: Thinking | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     enable_thinking: bool | None = None
     previous_response_id: None = None
     conversation: None = None
@@ -76,9 +81,9 @@ class ResponsesBody(Sampling):
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(tags=["openai"])
+    routes = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
 
-    @routes.post(PATH)
+    @routes.post(PATH, responses=STREAMED)
     async def responses(body: ResponsesBody, request: Request) -> Response:
         """Answers a conversation given as items, with items."""
         server.check_model(body.model)
