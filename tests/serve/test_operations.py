@@ -176,6 +176,21 @@ def test_the_openapi_document_names_every_api(running):
             "/v1/files", "/v1/models", "/health", "/ready", "/metrics"} <= set(paths)  # fmt: skip
 
 
+def test_the_openapi_document_has_an_example_of_every_body_that_is_answered(running):
+    document = httpx.get(running.url + "/openapi.json").json()
+    found = 0
+    for path, operations in document["paths"].items():
+        content = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        if "application/json" in content:
+            name = content["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+            [example] = document["components"]["schemas"][name]["examples"]
+            assert example["model"] == "openm3-nano"
+            assert httpx.post(running.url + path, json=example, timeout=60).status_code == 200
+            found += 1
+    assert found == 5
+    running.idle()
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(ServeOptions) if field.type in ("int", "float")])
 def test_a_limit_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} = -1"):

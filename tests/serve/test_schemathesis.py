@@ -47,7 +47,7 @@ def schemathesis(running: Running, folder: Path, *command: str, seconds: float) 
 
 
 def test_the_answers_are_those_of_the_document(brief, tmp_path):
-    statuses = schemathesis(brief, tmp_path, "run", "--phases", "examples,fuzzing,stateful", "--max-examples", "8",
+    statuses = schemathesis(brief, tmp_path, "run", "--phases", "examples,fuzzing,stateful", "--max-examples", "16",
                             "--generation-deterministic", seconds=300)  # fmt: skip
     answered = [statuses[path, "200"] for path in POSTS]
     assert min(answered) >= 1

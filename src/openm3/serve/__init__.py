@@ -2,7 +2,7 @@
 
 The rooms read in this order: options (every limit), errors (each API's own shape), gate (what stands before every
 request), media and files (where pictures and videos come from), generation (what the APIs share), grammars (what
-an answer is held to), one file an API, metrics, app.
+an answer is held to), schemas (what the OpenAPI document says of requests), one file an API, metrics, app.
 """
 
 from __future__ import annotations

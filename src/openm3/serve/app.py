@@ -80,9 +80,10 @@ def create_app(
     for kind in (ApiError, ValueError):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(Gate, options=options, metrics=metrics)
-    for schema in app.openapi()["components"]["schemas"].values():
-        if "model" in schema["properties"]:
+    for schema in app.openapi()["components"]["schemas"].values():  # the document names the models that are here
+        if "model" in schema.get("properties", ()):
             schema["properties"]["model"] = {"type": "string", "enum": [*names]}
+            schema["examples"] = [given | {"model": names[0]} for given in schema["examples"]]
     return app
 
 

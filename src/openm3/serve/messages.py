@@ -64,7 +64,7 @@ class Turn(Loose):
 class CountBody(Body):
     """The fields from `metadata` on are taken and have no effect here."""
 
-    model_config = example(model="openm3-nano", messages=HELLO)
+    model_config = example(messages=HELLO)
 
     messages: list[Turn] = Field(json_schema_extra={"minItems": 1})
     model: str
@@ -80,7 +80,7 @@ class CountBody(Body):
 
 
 class MessagesBody(CountBody):
-    model_config = example(model="openm3-nano", messages=HELLO, max_tokens=16)
+    model_config = example(messages=HELLO, max_tokens=16)
 
     max_tokens: int = Field(json_schema_extra={"minimum": 1})
     stream: bool = False
