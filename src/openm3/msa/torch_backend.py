@@ -1,6 +1,6 @@
 """Attention on any device with PyTorch's own ops: memory linear in T + N, differentiable. Which way a plan takes:
 
-one query for each of several sequences        one batched product (`decode.py`)
+one query for each of several sequences        one batched product (`decode.py`), also beside other sequences
 many queries on a GPU                          one FlexAttention kernel (`flex.py`)
 else, sequence by sequence                     sparse: sorted tiles (`tiles.py`); dense: PyTorch's fused CPU kernel
 
@@ -32,9 +32,14 @@ def sparse_attention(
     k_scale: Scale = None, v_scale: Scale = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if decode.fits(plan):
-        return decode.attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
+        some = None if _all_selected(blocks, plan, slice(None), plan.max_k) else blocks
+        return decode.attention(q, k, v, some, plan, softmax_scale, k_scale, v_scale)
     if _use_flex(q, k):
         return flex.attention(q, k, v, blocks, plan, softmax_scale)
+    if parts := decode.parts(plan):
+        n = parts[0].num_queries
+        calls = [(q[:n], k, v, blocks[:, :n], parts[0]), (q[n:], k, v, blocks[:, n:], parts[1])]
+        return _join([sparse_attention(*call, softmax_scale, k_scale, v_scale) for call in calls], q)
     outs = []
     for s, rows, n in rows_of(plan):
         mine = blocks[:, rows]
@@ -87,6 +92,10 @@ def dense_attention(
         return decode.attention(q, k, v, None, plan, softmax_scale, k_scale, v_scale)
     if _use_flex(q, k):
         return flex.attention(q, k, v, None, plan, softmax_scale)
+    if parts := decode.parts(plan):
+        n = parts[0].num_queries
+        calls = [(q[:n], k, v, parts[0]), (q[n:], k, v, parts[1])]
+        return _join([dense_attention(*call, softmax_scale, k_scale, v_scale) for call in calls], q)
     outs = []
     for s, rows, n in rows_of(plan):
         keys, values = sequence_keys(k, plan, s, n, k_scale), sequence_keys(v, plan, s, n, v_scale)
