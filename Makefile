@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := src/openm3/msa/cpu_decode.c  # compiled by the installation
 
 .PHONY: chat test lint soak clean
 
@@ -26,11 +27,11 @@ $(VENV)/.torch: $(VENV)/bin/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
 	@touch $@
 
-$(VENV)/.base: $(VENV)/.torch pyproject.toml
+$(VENV)/.base: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(BIN)/pip install -q -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml
+$(VENV)/.test: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(BIN)/pip install -q -e ".[test]"
 	@touch $@ $(VENV)/.base
 

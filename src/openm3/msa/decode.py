@@ -24,16 +24,20 @@ def fits(plan: Plan) -> bool:
     return plan.max_k <= 4096 and plan.max_k * len(plan.lens_k) <= 4 * sum(plan.lens_k)
 
 
-_parts: WeakKeyDictionary[Plan, tuple[Plan, Plan] | None] = WeakKeyDictionary()
+Part = tuple[slice, Plan]
+_parts: WeakKeyDictionary[Plan, tuple[Part, Part] | None] = WeakKeyDictionary()
 
 
-def parts(plan: Plan) -> tuple[Plan, Plan] | None:
-    """A plan whose first sequences decode while others have more queries, cut in two; worked out once a plan."""
+def parts(plan: Plan) -> tuple[Part, Part] | None:
+    """A plan over pages whose first sequences decode while others have more queries, cut in two: (rows, plan) of each.
+
+    Worked out once a plan; None for all others.
+    """
     if plan not in _parts:
         n = sum(1 for _ in takewhile(lambda count: count == 1, plan.lens_q))
-        one = 1 < n < len(plan.lens_q) and plan.page_table is not None
-        cut = (plan.sequences(0, n), plan.sequences(n, len(plan.lens_q))) if one else None
-        _parts[plan] = cut if cut and fits(cut[0]) else None
+        cut = plan.page_table is not None and 0 < n < len(plan.lens_q)
+        both = ((0, n), (n, len(plan.lens_q))) if cut else ()
+        _parts[plan] = tuple((slice(a, plan.starts_q()[b]), plan.sequences(a, b)) for a, b in both) or None
     return _parts[plan]
 
 

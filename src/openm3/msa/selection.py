@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.msa import decode
+from openm3.msa import cpu_decode, decode
 from openm3.msa.keys import Scale, pages_of, rows_of, wide
 from openm3.msa.plan import Plan, to_device
 
@@ -26,8 +26,15 @@ def select_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """Without `scores`, queries that see no more blocks than they may select take all of them, unscored."""
     own = plan.positions // plan.block_size
-    if decode.fits(plan) and (scores or plan.max_k > plan.topk * plan.block_size):
+    choosing = scores or plan.max_k > plan.topk * plan.block_size
+    if choosing and cpu_decode.fits(index_q, index_k, plan):
+        return pick_blocks(cpu_decode.block_scores(index_q, index_k, plan), own, plan)
+    if choosing and decode.fits(plan):
         return pick_blocks(decode.block_scores(index_q, index_k, plan, index_k_scale), own, plan)
+    if choosing and index_q.device.type == "cpu" and (parts := decode.parts(plan)):
+        found = [select_blocks(index_q[rows], index_k, part, index_k_scale, scores) for rows, part in parts]
+        blocks, values = zip(*found)
+        return torch.cat(blocks, 1), torch.cat(values, 1) if scores else None
     ids = torch.arange(plan.topk, dtype=torch.int32, device=index_q.device)
     blocks = torch.where(ids <= own[:, None], ids, -1).repeat(index_q.shape[1], 1, 1)
     values = torch.empty(blocks.shape, dtype=torch.float32, device=index_q.device) if scores else None

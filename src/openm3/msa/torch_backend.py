@@ -1,7 +1,8 @@
 """Attention on any device with PyTorch's own ops: memory linear in T + N, differentiable. Which way a plan takes:
 
-one query for each of several sequences        one batched product (`decode.py`), also beside other sequences
+one query for each sequence                    in C on a CPU (`cpu_decode.py`), else one batched product (`decode.py`)
 many queries on a GPU                          one FlexAttention kernel (`flex.py`)
+decoding sequences, then others                the ones as above, the others as below
 else, sequence by sequence                     sparse: sorted tiles (`tiles.py`); dense: PyTorch's fused CPU kernel
 
 A sequence whose queries see no more blocks than they may select attends densely, which is the same sum. Consecutive
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm3.msa import decode, flex, tiles
+from openm3.msa import cpu_decode, decode, flex, tiles
 from openm3.msa.keys import Scale, rows_of, sequence_keys, wide
 from openm3.msa.plan import Plan
 from openm3.msa.selection import select_blocks
@@ -31,15 +32,18 @@ def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float,
     k_scale: Scale = None, v_scale: Scale = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if cpu_decode.fits(q, k, plan) and v.dtype == k.dtype:
+        return cpu_decode.attention(q, k, v, blocks, plan, softmax_scale)
     if decode.fits(plan):
         some = None if _all_selected(blocks, plan, slice(None), plan.max_k) else blocks
         return decode.attention(q, k, v, some, plan, softmax_scale, k_scale, v_scale)
     if _use_flex(q, k):
         return flex.attention(q, k, v, blocks, plan, softmax_scale)
     if parts := decode.parts(plan):
-        n = parts[0].num_queries
-        calls = [(q[:n], k, v, blocks[:, :n], parts[0]), (q[n:], k, v, blocks[:, n:], parts[1])]
-        return _join([sparse_attention(*call, softmax_scale, k_scale, v_scale) for call in calls], q)
+        return _join([
+            sparse_attention(q[rows], k, v, blocks[:, rows], part, softmax_scale, k_scale, v_scale)
+            for rows, part in parts
+        ], q)  # fmt: skip
     outs = []
     for s, rows, n in rows_of(plan):
         mine = blocks[:, rows]
@@ -88,14 +92,14 @@ def _join(outs: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, softmax_scale: float, k_scale: Scale = None, v_scale: Scale = None
 ) -> tuple[Tensor, Tensor]:
+    if cpu_decode.fits(q, k, plan) and v.dtype == k.dtype:
+        return cpu_decode.attention(q, k, v, None, plan, softmax_scale)
     if decode.fits(plan):
         return decode.attention(q, k, v, None, plan, softmax_scale, k_scale, v_scale)
     if _use_flex(q, k):
         return flex.attention(q, k, v, None, plan, softmax_scale)
     if parts := decode.parts(plan):
-        n = parts[0].num_queries
-        calls = [(q[:n], k, v, parts[0]), (q[n:], k, v, parts[1])]
-        return _join([dense_attention(*call, softmax_scale, k_scale, v_scale) for call in calls], q)
+        return _join([dense_attention(q[rows], k, v, part, softmax_scale, k_scale, v_scale) for rows, part in parts], q)
     outs = []
     for s, rows, n in rows_of(plan):
         keys, values = sequence_keys(k, plan, s, n, k_scale), sequence_keys(v, plan, s, n, v_scale)
