@@ -20,12 +20,14 @@ from openm3.engine.pages import PagePool
 from openm3.engine.request import Request, State, TokenLogprobs
 from openm3.engine.sampler import adjust, logprobs_of, sample
 from openm3.engine.scheduler import Chunk, ScheduledBatch, Scheduler
+from openm3.engine.threads import one_thread
 
 if TYPE_CHECKING:
     from openm3.engine.guide import Guide
 
 TOKEN_DELAY = 0.25  # seconds that a step with prompts may take where answers wait for it
 FIRST_PROMPT_TOKENS = 256  # of such a step before the first measurement
+ONE_THREAD_LOGITS = 1 << 22  # up to so many on a CPU, one thread draws the tokens: some 20 ms
 RECOVERY_STEPS = 100  # steps without running out of memory after which prompts get chunks twice as large again
 
 
@@ -113,8 +115,9 @@ class Engine:
     def _compute(self, batch: ScheduledBatch) -> None:
         try:
             logits = self.runner.run(batch)
-            failed, raw = self._adjust(batch.sampling, logits)
-            tokens, records = self._sample(batch.sampling, logits, raw)
+            with one_thread(logits.device.type == "cpu" and logits.numel() <= ONE_THREAD_LOGITS):
+                failed, raw = self._adjust(batch.sampling, logits)
+                tokens, records = self._sample(batch.sampling, logits, raw)
         except Exception as error:
             failure = error
         else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from openm3.engine.request import Media, MediaItem
 from openm3.engine.sampler import logprobs_of
 from openm3.engine.scheduler import Chunk, ScheduledBatch
+from openm3.engine.threads import one_thread
 from openm3.model import M3, KVCache, plan_args
 from openm3.msa import Plan
 
@@ -72,14 +73,8 @@ class Runner:
         Prompts whose log-probabilities are wanted get those of their chunk in `prompt_logprobs`.
         """
         small = self._parameters <= ONE_THREAD_PARAMETERS and self._parameters * batch.tokens <= ONE_THREAD_STEP
-        threads = torch.get_num_threads()
-        if not small or threads == 1 or self.device.type != "cpu":
+        with one_thread(small and self.device.type == "cpu"):
             return self._run(batch.chunks)
-        torch.set_num_threads(1)
-        try:
-            return self._run(batch.chunks)
-        finally:
-            torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def _run(self, chunks: list[Chunk]) -> Tensor:
