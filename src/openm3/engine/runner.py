@@ -1,24 +1,26 @@
 """One scheduled batch as one packed forward of the model over the page cache.
 
-The runner owns the cache's tensors and knows no queue. Media embeddings are computed once, when the prompt's chunks
-reach their placeholders, and handed to the model slice by slice; those of the last pictures and clips are kept for the
-next request that shows them.
+The runner owns the cache's tensors and knows no queue. Media are encoded once, each picture or segment of a clip when
+the prompt's chunks reach its placeholders, and handed to the model slice by slice; the embeddings of the last pictures
+and clips are kept for the next request that shows them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from openm3.engine.request import Media, MediaItem
+from openm3.engine.request import Media, MediaPiece
 from openm3.engine.sampler import logprobs_of
 from openm3.engine.scheduler import Chunk, ScheduledBatch
 from openm3.engine.threads import one_thread
 from openm3.model import M3, KVCache, plan_args
 from openm3.msa import Plan
+from openm3.msa.plan import to_device
 
 # On a CPU, a step of fewer multiply-adds than this (about 0.1 s of a core), of a model that a core reads in as long,
 # runs on one thread: it gains little from more, and loses a hundredfold where another process wants one of the cores.
@@ -129,26 +131,39 @@ class Runner:
                 continue
             first, end = bisect_left(media.positions, chunk.start), bisect_left(media.positions, chunk.end)
             if first < end:
-                parts.append(self._encoded(media)[first:end])
+                self._encode_missing(media, media.missing(chunk.start, chunk.end))
+                parts.append(media.embeds[to_device(torch.tensor(media.rows[first:end]), self.device)])
         return torch.cat(parts) if parts else None
 
-    def _encoded(self, media: Media) -> Tensor:
+    def _encode_missing(self, media: Media, missing: Iterable[MediaPiece]) -> None:
+        """Fills in the embeddings of these pieces, and of the rest of an item that was seen before."""
         if media.embeds is None:
-            known = {item.digest: self.media_cache.get(item.digest) for item in media.items}
-            missing = {item.digest: item for item in media.items if known[item.digest] is None}
-            # One by one on a CPU, which gains nothing from more: what a picture gives does not depend on the others.
-            groups = [[item] for item in missing.values()] if self.device.type == "cpu" else [list(missing.values())]
-            for group in filter(None, groups):
-                for item, embeds in zip(group, self._encode(group)):
-                    known[item.digest] = embeds
-                    self.media_cache.put(item.digest, embeds)
-            embeds = torch.cat([known[item.digest] for item in media.items])
-            media.embeds = embeds[torch.tensor(media.rows, device=self.device)]
-            for item in media.items:
-                item.pixels = None
-        return media.embeds
+            weight = self.model.embed.weight
+            rows = sum(item.tokens for item in media.items)
+            media.embeds = torch.empty(rows, weight.shape[1], dtype=weight.dtype, device=self.device)
+        pieces = [piece for piece in missing if not self._recall(media, piece.item)]
+        # One by one on a CPU, which gains nothing from more: what a picture gives does not depend on the others.
+        for group in [[piece] for piece in pieces] if self.device.type == "cpu" else [pieces]:
+            if group:
+                pixels = torch.cat([media.items[piece.item].pixels[piece.patches] for piece in group])
+                grids = torch.stack([media.items[piece.item].grid_thw[piece.grid] for piece in group])
+                embeds = self.model.encode_media(pixels.to(self.device), grids)
+                for piece, part in zip(group, embeds.split([p.rows.stop - p.rows.start for p in group])):
+                    media.embeds[piece.rows] = part
+                    media.encoded.add(piece)
+        for i in {piece.item for piece in pieces}:
+            mine = [piece for piece in media.pieces if piece.item == i]
+            if media.encoded.issuperset(mine):
+                whole = media.embeds[mine[0].rows.start : mine[-1].rows.stop]
+                self.media_cache.put(media.items[i].digest, whole.clone())
+                media.items[i].pixels = None
 
-    def _encode(self, items: list[MediaItem]) -> list[Tensor]:
-        pixels = torch.cat([item.pixels for item in items]).to(self.device)
-        embeds = self.model.encode_media(pixels, torch.cat([item.grid_thw for item in items]))
-        return [part.clone() for part in embeds.split([item.tokens for item in items])]
+    def _recall(self, media: Media, i: int) -> bool:
+        """Takes the embeddings of an item out of those kept, if they are there."""
+        known = self.media_cache.get(media.items[i].digest)
+        if known is not None:
+            mine = [piece for piece in media.pieces if piece.item == i]
+            media.embeds[mine[0].rows.start : mine[-1].rows.stop] = known
+            media.encoded.update(mine)
+            media.items[i].pixels = None
+        return known is not None
