@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from openm3.engine.graphs import DecodeGraphs
 from openm3.engine.request import Media, MediaPiece
 from openm3.engine.sampler import logprobs_of
 from openm3.engine.scheduler import Chunk, ScheduledBatch
@@ -53,19 +54,28 @@ class MediaCache:
 class Runner:
     """Runs batches of `model`, with `num_pages` pages of cache beside it on its device, in its dtype.
 
-    media_cache_bytes: bound of the embeddings kept of pictures and clips already seen.
+    media_cache_bytes: bound of the embeddings kept of pictures and clips already seen; decode_graphs: steps of answers
+    alone go through CUDA graphs (`graphs.py`), for which there is one page more.
     """
 
-    def __init__(self, model: M3, num_pages: int, *, media_cache_bytes: int = MEDIA_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        model: M3,
+        num_pages: int,
+        *,
+        media_cache_bytes: int = MEDIA_CACHE_BYTES,
+        decode_graphs: bool = False,
+    ) -> None:
         weight = model.embed.weight
         self.model = model
         self.device = weight.device
-        self.cache = KVCache(model.config, num_pages, device=weight.device, dtype=weight.dtype)
+        self.cache = KVCache(model.config, num_pages + decode_graphs, device=weight.device, dtype=weight.dtype)
         self.media_cache = MediaCache(media_cache_bytes)
         self._plan_args = plan_args(model.config)
         self._parameters = sum(p.numel() for p in model.parameters())
         # The model reads these tokens, it does not write them: they stand for embeddings it would not have.
         self._unwritable = [t for t in (model.config.image_token_id, model.config.video_token_id) if t is not None]
+        self.graphs = DecodeGraphs(self._decode, self.cache, self._plan_args) if decode_graphs else None
         self._table = torch.empty(0, 0, dtype=torch.int32)
         self._table_of: list[tuple[list[int], int]] = []  # the page lists in the table, and how much of each
 
@@ -80,6 +90,9 @@ class Runner:
 
     @torch.inference_mode()
     def _run(self, chunks: list[Chunk]) -> Tensor:
+        if self.graphs is not None and all(self._is_answer(chunk) for chunk in chunks):
+            ids = [chunk.request.token_ids[chunk.start] for chunk in chunks]
+            return self.graphs.run(ids, [c.request.pages for c in chunks], [c.end for c in chunks])
         ids: list[int] = []
         offsets, last = [0], []
         for chunk in chunks:
@@ -95,6 +108,14 @@ class Runner:
             if chunk.request.params.prompt_logprobs is not None:
                 self._score_prompt(chunk, hidden[offset : offset + chunk.tokens])
         return self._logits(hidden if len(last) == len(ids) else hidden[last])
+
+    @staticmethod
+    def _is_answer(chunk: Chunk) -> bool:
+        """Whether a chunk is the newest token of an answer, which is no picture and has no log-probabilities left."""
+        return chunk.samples and chunk.tokens == 1 and chunk.start >= len(chunk.request.prompt_ids)
+
+    def _decode(self, ids: Tensor, plan: Plan) -> Tensor:
+        return self._logits(self.model(ids, cache=self.cache, plan=plan).hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self.model.logits(hidden)
