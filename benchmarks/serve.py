@@ -61,7 +61,7 @@ def served(seconds: float = 120.0) -> Iterator[str]:
 
 
 class Client:
-    """So many streams at once; `first` and `gaps`: seconds, of what came while `counting`."""
+    """So many streams at once; `first` and `gaps`: seconds, of what was begun while `counting`."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self.http, self.counting = http, False
@@ -73,16 +73,16 @@ class Client:
         request = {"messages": [{"role": "user", "content": text}], "max_tokens": rng.choice(ANSWER_TOKENS),
                    "seed": rng.getrandbits(30), "temperature": 2, "top_p": 1, "top_k": 0, "reasoning_effort": "none",
                    "stream": True}  # fmt: skip
-        seen, times = time.perf_counter(), self.first
+        seen, times, counted = time.perf_counter(), self.first, self.counting
         async with self.http.stream("POST", "/v1/chat/completions", json=request) as answer:
             answer.raise_for_status()
             async for line in answer.aiter_lines():
                 if '"delta":{"content":' not in line or '"content":""' in line:
                     continue
                 now = time.perf_counter()
-                if self.counting:
+                if counted:
                     times.append(now - seen)
-                seen, times = now, self.gaps
+                seen, times, counted = now, self.gaps, self.counting
 
     async def stream(self, rng: random.Random) -> None:
         while True:
@@ -153,8 +153,8 @@ def draw(data: dict, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="1,2,4,8,16,32,64", help="how many at once, one after the other")
-    parser.add_argument("--start", type=float, default=8.0, help="seconds before counting, each")
-    parser.add_argument("--seconds", type=float, default=25.0, help="seconds counted, each")
+    parser.add_argument("--start", type=float, default=15.0, help="seconds before counting, each")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds counted, each")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--draw", action="store_true", help="only draw what was measured")
     args = parser.parse_args()

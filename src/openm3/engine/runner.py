@@ -23,8 +23,9 @@ from openm3.model import M3, KVCache, plan_args
 from openm3.msa import Plan
 from openm3.msa.plan import to_device
 
-# On a CPU, a step of fewer multiply-adds than this (about 0.1 s of a core), of a model that a core reads in as long,
-# runs on one thread: it gains little from more, and loses a hundredfold where another process wants one of the cores.
+# On a CPU, a step of fewer multiply-adds than this (about 0.1 s of a core), or one that answers wait for (kept short by
+# the engine), of a model that a core reads in as long, runs on one thread: it gains little from more, and loses a
+# hundredfold where another process, such as the reader of those answers, wants one of the cores.
 ONE_THREAD_STEP, ONE_THREAD_PARAMETERS = 1 << 32, 1 << 26
 MEDIA_CACHE_BYTES = 256 << 20
 LOGPROB_ROWS = 64  # prompt tokens whose logits over the whole vocabulary are held at a time
@@ -84,8 +85,8 @@ class Runner:
 
         Prompts whose log-probabilities are wanted get those of their chunk in `prompt_logprobs`.
         """
-        small = self._parameters <= ONE_THREAD_PARAMETERS and self._parameters * batch.tokens <= ONE_THREAD_STEP
-        with one_thread(small and self.device.type == "cpu"):
+        short = self._parameters * batch.tokens <= ONE_THREAD_STEP or any(map(self._is_answer, batch.chunks))
+        with one_thread(short and self._parameters <= ONE_THREAD_PARAMETERS and self.device.type == "cpu"):
             return self._run(batch.chunks)
 
     @torch.inference_mode()
