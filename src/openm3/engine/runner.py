@@ -75,7 +75,8 @@ class Runner:
         self._plan_args = plan_args(model.config)
         self._parameters = sum(p.numel() for p in model.parameters())
         # The model reads these tokens, it does not write them: they stand for embeddings it would not have.
-        self._unwritable = [t for t in (model.config.image_token_id, model.config.video_token_id) if t is not None]
+        unwritable = [t for t in (model.config.image_token_id, model.config.video_token_id) if t is not None]
+        self._unwritable = torch.tensor(unwritable, dtype=torch.int64, device=weight.device)
         self.graphs = DecodeGraphs(self._decode, self.cache, self._plan_args) if decode_graphs else None
         self._table = torch.empty(0, 0, dtype=torch.int32)
         self._table_of: list[tuple[list[int], int]] = []  # the page lists in the table, and how much of each
@@ -119,9 +120,7 @@ class Runner:
         return self._logits(self.model(ids, cache=self.cache, plan=plan).hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.model.logits(hidden)
-        logits[:, self._unwritable] = -torch.inf
-        return logits
+        return self.model.logits(hidden).index_fill_(1, self._unwritable, -torch.inf)
 
     def _score_prompt(self, chunk: Chunk, hidden: Tensor) -> None:
         """The log-probabilities of the prompt's tokens after those of the chunk, each from the hidden row before it."""
