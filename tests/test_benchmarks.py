@@ -1,4 +1,4 @@
-"""benchmarks/msa_attention.py on a CPU: its formulas by hand, its JSON, its picture. The figures need a GPU."""
+"""The benchmarks on a CPU: formulas by hand, their JSON, their pictures. The figures of most need a GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import msa_attention
 import msa_sides
 import plot_msa
+import slice as slice_bench
 from msa_attention import Bench, DeviceLost, Settings
 from msa_sides import Geometry, make_case
 
+import serve as serve_bench
+from openm3.model import M3
 from openm3.msa import Plan, reference
 
 TINY = Geometry(heads=4, kv_heads=2, dim=32, index_heads=2, index_dim=32, block=16, topk=4)
@@ -249,3 +252,48 @@ def test_speedups_by_hand():
     assert found["prefill"][16384]["layer"] == pytest.approx(5 / 2)
     assert found["prefill"][16384]["model"] == pytest.approx(60 * 5 / (57 * 2 + 3 * 10))
     assert found["decode"][1, 64] == {"layer": 8.0, "model": None, "sparse_ms": 1.0, "dense_ms": 8.0}
+
+
+def test_the_slice_decodes_beside_transformers_on_the_same_weights_and_caches(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "slice.json"
+    command = f"slice.py --tiny --device cpu --output {path}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    assert slice_bench.main() == 0
+    data = json.loads(path.read_text())
+    assert "tokens/s" in capsys.readouterr().out
+    for batch, context in ((1, 64), (3, 40)):
+        [ours], [theirs] = (
+            rows(data, what="decode", side=side, batch=batch, context=context) for side in ("openm3", "transformers")
+        )
+        assert ours["tokens_per_second"] == pytest.approx(1e3 * batch / ours["ms"])
+        assert len(ours["experts_hit"]) == 3
+        if theirs.get("error") != "RuntimeError: transformers missing":
+            assert theirs["logits"] == pytest.approx(ours["logits"], abs=1e-5)
+            assert theirs["ours_times_as_fast"] == pytest.approx(theirs["ms"] / ours["ms"])
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--resume"])
+    assert slice_bench.main() == 0
+    assert json.loads(path.read_text())["results"] == data["results"]
+
+
+def test_the_floor_of_a_decode_step_by_hand():
+    model = M3(slice_bench.slice_config(tiny=True))
+    case = slice_bench.Slice(model, batch=2, context=40, steps=4)
+    hit = torch.tensor([[2, 0, 0, 0, 0, 0, 0, 2], [1, 1, 1, 1, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0, 0, 0]])
+    attention = 4 * ((4 + 2 * 2) * 16 * 64 + 64 * 64 + 2 * 16 + 2 * 64) + 3 * ((2 + 1) * 16 * 64 + 2 * 16)
+    mlps = 3 * 64 * 96 + 3 * (3 * 64 * 32 + 8 * 64)
+    weights = attention + mlps + 64 + 256 * 64
+    keys = 40 * 2 * 2 * 16 + 3 * (24 * 2 * 2 * 16 + 40 * 16)
+    assert case.floor_bytes(hit) == 4 * (weights + (2 + 4 + 1) * 3 * 64 * 32 + 2 * keys)
+
+
+def test_the_server_benchmark_measures_a_server_and_draws(tmp_path, monkeypatch):
+    path = tmp_path / "serve.json"
+    command = f"serve.py --streams 1,3 --start 1 --seconds 2 --output {path}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    serve_bench.main()
+    one, three = json.loads(path.read_text())["results"]
+    assert (one["streams"], three["streams"]) == (1, 3)
+    for row in (one, three):
+        assert row["tokens_per_second"] > 0
+        assert row["inter_token_ms"]["median"] <= row["inter_token_ms"]["p99"]
+    assert path.with_suffix(".svg").read_text().startswith("<?xml")

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from openm3.engine import core
 from openm3.engine.core import Engine
 from openm3.engine.output import TextOutput
-from openm3.engine.request import Request, SamplingParams, State
+from openm3.engine.request import Media, MediaItem, Request, SamplingParams, State
 
 VOCAB = 64
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0)
@@ -269,14 +269,17 @@ def test_a_request_ends_at_its_deadline_waiting_or_running():
 
 
 class Timed(FakeRunner):
-    """Takes a millisecond for each token."""
+    """Takes a millisecond for each token, and two for each patch of a picture."""
 
     def __init__(self, now: list[float]) -> None:
         super().__init__()
         self.now = now
 
     def run(self, batch):
-        self.now[0] += 0.001 * batch.tokens
+        self.now[0] += 0.001 * batch.tokens + 0.002 * batch.patches
+        for chunk in batch.chunks:
+            if chunk.request.media:
+                chunk.request.media.encoded.update(chunk.request.media.missing(chunk.start, chunk.end))
         return super().run(batch)
 
 
@@ -296,6 +299,29 @@ def test_a_stream_waits_no_longer_than_the_delay_for_the_prompts_of_others():
         delays.append(now[0] - before)
     assert max(delays[1:]) < 0.11  # the first step is the one that measures
     assert sum(delays) > 6  # the prompts were computed meanwhile
+
+
+def test_a_stream_waits_no_longer_than_the_delay_for_the_pictures_of_others():
+    now = [0.0]
+    engine = Engine(Timed(now), num_pages=4096, page_size=4, max_batch_tokens=2048, token_delay=0.1,
+                    clock=lambda: now[0])  # fmt: skip
+    stream = make_request([1], 120)
+    engine.add(stream)
+    engine.step()
+    engine.add(make_request([2] * 400, 1))
+    pictures = make_request([3] * 400, 4)
+    items = [MediaItem(None, torch.tensor([[1, 4, 4]]), 4, str(i)) for i in range(90)]
+    pictures.media = Media(items, [*range(5, 365)], [*range(360)])
+    delays = []
+    while stream.state is not State.FINISHED:
+        if stream.generated == 20:
+            engine.add(pictures)
+        before = now[0]
+        engine.step()
+        delays.append(now[0] - before)
+    first = delays.index(max(delays))  # the step that measures what a patch takes
+    assert max(delays[1:first] + delays[first + 1 :]) < 0.11
+    assert pictures.generated == 4
 
 
 def test_stop_token_ids_end_the_answer_like_eos():

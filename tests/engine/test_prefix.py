@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import torch
 from engine_tiny import continued, next_token
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -234,7 +235,7 @@ def test_a_higher_priority_goes_first_and_takes_no_room_in_vain():
 
 
 def with_picture(digests: str, rows: list[int]) -> Request:
-    items = [MediaItem(None, None, 4, digest) for digest in digests]
+    items = [MediaItem(None, torch.tensor([[1, 4, 4]]), 4, digest) for digest in digests]
     ids = [1, 1, *[9] * len(rows), 2, 2]
     return Request(ids, PLAIN, 1, media=Media(items, [*range(2, 2 + len(rows))], rows))
 

@@ -148,6 +148,29 @@ def test_media_are_encoded_once_for_a_request_whatever_the_chunks(model, monkeyp
     assert len(calls) == 3  # two images and a clip, each once
 
 
+def test_a_clip_is_encoded_segment_by_segment_as_the_chunks_reach_it(model):
+    generator = torch.Generator().manual_seed(6)
+    grids = torch.tensor([[2, 2, 4], [1, 2, 4]])
+    ids = [5, *[VIDEO] * 6, 6, 7]
+
+    def clip() -> Media:
+        pixels = torch.randn(24, 1176, generator=generator.manual_seed(6))
+        return Media([MediaItem(pixels, grids, 6, "clip")], [*range(1, 7)], [*range(6)])
+
+    media = clip()
+    running = engine(model, budget=3)
+    running.add(request(ids, media=media))
+    encoded = []
+    while running.step():
+        encoded.append(len(media.encoded))
+    assert encoded[:3] == [1, 2, 2]
+    assert media.items[0].pixels is None
+    with torch.inference_mode():
+        whole = model.encode_media(clip().items[0].pixels, grids)
+    assert torch.allclose(media.embeds, whole, atol=1e-5)
+    assert running.runner.media_cache.get("clip") is not None
+
+
 def test_a_picture_seen_before_is_not_encoded_again(model, monkeypatch):
     calls = []
     original = type(model).encode_media

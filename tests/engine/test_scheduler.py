@@ -3,28 +3,36 @@
 from collections import Counter
 
 import pytest
+import torch
 from engine_tiny import continued, next_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openm3.engine.pages import PagePool
-from openm3.engine.request import Request, RequestError, SamplingParams, State
-from openm3.engine.scheduler import Scheduler
+from openm3.engine.request import Media, MediaItem, Request, RequestError, SamplingParams, State
+from openm3.engine.scheduler import ScheduledBatch, Scheduler
 
 
-def make_request(prompt: list[int], max_tokens: int) -> Request:
-    return Request(prompt, SamplingParams(), max_tokens=max_tokens)
+def make_request(prompt: list[int], max_tokens: int, grids: tuple[tuple[int, int, int], ...] = ()) -> Request:
+    """grids: of pictures, shown by the prompt's tokens from the second on, four patches each."""
+    items = [MediaItem(None, torch.tensor([grid]), grid[0] * grid[1] * grid[2] // 4, str(grid)) for grid in grids]
+    shown = sum(item.tokens for item in items)
+    media = Media(items, [*range(1, 1 + shown)], [*range(shown)]) if items else None
+    return Request(prompt, SamplingParams(), max_tokens=max_tokens, media=media)
 
 
 class Machine:
     """Steps a scheduler; pages hold tokens, and a token is only ever computed from what the pages hold."""
 
-    def __init__(self, pages: int, page_size: int, budget: int, max_running: int = 256) -> None:
+    def __init__(
+        self, pages: int, page_size: int, budget: int, max_running: int = 256, patches: int | None = None
+    ) -> None:
+        self.patches = patches
         self.scheduler = Scheduler(PagePool(pages), page_size, max_batch_tokens=budget, max_running=max_running)
         self.slots: dict[tuple[int, int], int] = {}
 
     def step(self) -> bool:
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(patches=self.patches)
         self.check_pages()
         if batch is None:
             return False
@@ -32,6 +40,7 @@ class Machine:
         assert sum(c.end - c.start for c in batch.chunks) <= self.scheduler.max_batch_tokens
         assert len({id(c.request) for c in batch.chunks}) == len(batch.chunks)
         tokens = []
+        self.encode(batch)
         for chunk in batch.chunks:
             request = chunk.request
             for i in range(chunk.start, chunk.end):
@@ -47,6 +56,18 @@ class Machine:
                 self.scheduler.finish(request, "length")
         return True
 
+    def encode(self, batch: ScheduledBatch) -> None:
+        """What the runner does with media: all that a chunk shows is there after the step, and the count is right."""
+        pieces = {}
+        for chunk in batch.chunks:
+            if chunk.request.media:
+                pieces |= dict.fromkeys(chunk.request.media.missing(chunk.start, chunk.end), chunk.request.media)
+        for piece, media in pieces.items():
+            media.encoded.add(piece)
+        assert sum(piece.cost for piece in pieces) == batch.patches
+        if self.patches is not None and any(chunk.request.generated for chunk in batch.chunks):
+            assert batch.patches <= self.patches or len(pieces) == 1
+
     def check_pages(self) -> None:
         pool = self.scheduler.pool
         held = Counter(page for request in self.scheduler.running for page in request.pages)
@@ -60,12 +81,16 @@ class Machine:
 def test_everyone_finishes_once_with_the_right_answer_and_every_page_comes_back(data):
     page_size = data.draw(st.integers(1, 4), "page_size")
     pages = data.draw(st.integers(2, 12), "pages")
-    machine = Machine(pages, page_size, data.draw(st.integers(1, 20), "budget"), data.draw(st.integers(1, 8)))
+    patches = data.draw(st.none() | st.integers(1, 24), "patches")
+    machine = Machine(pages, page_size, data.draw(st.integers(1, 20), "budget"), data.draw(st.integers(1, 8)), patches)
     capacity = pages * page_size
     requests, cancelled = [], set()
     for number in range(data.draw(st.integers(1, 8), "requests")):
         n = data.draw(st.integers(1, capacity - 1))
-        requests.append(make_request([number * 100 + i for i in range(n)], data.draw(st.integers(1, capacity - n))))
+        grids = tuple((1, 2, 2 * side) for side in data.draw(st.lists(st.integers(1, 4), max_size=3)))
+        grids = grids if sum(w // 2 for _, _, w in grids) < n else ()
+        prompt = [number * 100 + i for i in range(n)]
+        requests.append(make_request(prompt, data.draw(st.integers(1, capacity - n)), grids))
     unborn = list(requests)
     for steps in range(20_000):
         action = data.draw(st.sampled_from("aacsss")) if steps < 60 else "a" if unborn else "s"
@@ -101,6 +126,29 @@ def test_a_long_prompt_never_starves_running_answers():
     for n in range(2, 12):
         machine.step()
         assert [stream.generated for stream in streams] == [n] * 3
+
+
+def test_a_prompt_of_many_pictures_encodes_a_bounded_number_of_patches_beside_an_answer():
+    machine = Machine(pages=64, page_size=4, budget=200, patches=40)
+    stream = make_request([1], 30)
+    machine.scheduler.add(stream)
+    machine.step()
+    pictures = make_request(list(range(90)), 1, ((1, 4, 4),) * 5 + ((1, 8, 8),) + ((1, 4, 4),))
+    machine.scheduler.add(pictures)
+    encoded = []
+    while pictures.state is not State.FINISHED:
+        machine.step()
+        encoded.append(sum(piece.cost for piece in pictures.media.encoded))
+    assert encoded[:5] == [32, 64, 80, 144, 160]  # two pictures a step; the large one is alone in its own
+    assert stream.generated == 1 + len(encoded)
+
+
+def test_pictures_where_no_answer_waits_are_encoded_in_one_step():
+    machine = Machine(pages=64, page_size=4, budget=200, patches=40)
+    pictures = make_request(list(range(90)), 1, ((1, 4, 4),) * 5)
+    machine.scheduler.add(pictures)
+    machine.step()
+    assert pictures.state is State.FINISHED
 
 
 def test_prompts_fill_what_the_answers_leave_of_the_budget():

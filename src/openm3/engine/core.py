@@ -20,12 +20,14 @@ from openm3.engine.pages import PagePool
 from openm3.engine.request import Request, State, TokenLogprobs
 from openm3.engine.sampler import adjust, logprobs_of, sample
 from openm3.engine.scheduler import Chunk, ScheduledBatch, Scheduler
+from openm3.engine.threads import one_thread
 
 if TYPE_CHECKING:
     from openm3.engine.guide import Guide
 
 TOKEN_DELAY = 0.25  # seconds that a step with prompts may take where answers wait for it
-FIRST_PROMPT_TOKENS = 256  # of such a step before the first measurement
+FIRST_PROMPT_TOKENS, FIRST_PATCHES = 256, 1024  # of such a step, before the first measurement
+ONE_THREAD_LOGITS = 1 << 22  # up to so many on a CPU, one thread draws the tokens: some 20 ms
 RECOVERY_STEPS = 100  # steps without running out of memory after which prompts get chunks twice as large again
 
 
@@ -40,7 +42,8 @@ class Engine:
     """`add` requests, `step` until they are finished, `cancel` at any time.
 
     guides: makes the guide of a request with a grammar or a thinking budget.
-    token_delay: about how many seconds a running answer waits at most for the prompts computed beside it.
+    token_delay: about how many seconds a running answer waits at most for the prompts computed, and the pictures
+    encoded, beside it (longer for a single picture that takes longer).
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Engine:
         self.token_delay = token_delay
         self._guides, self._clock = guides, clock
         self._prompt_seconds: float | None = None  # that a token of a prompt takes
+        self._patch_seconds: float | None = None  # that a patch of a picture takes
         self._memory_limit, self._good_steps = max_batch_tokens, 0
 
     def add(self, request: Request) -> None:
@@ -77,7 +81,7 @@ class Engine:
         with self._bookkeeping():
             for request in self.scheduler.expired(self._clock()):
                 self._finish(request, "deadline")
-            batch = self.scheduler.schedule(self._memory_limit, self._beside_answers())
+            batch = self.scheduler.schedule(self._memory_limit, *self._beside_answers())
         if batch is None:
             return False
         begun = self._clock()
@@ -96,25 +100,26 @@ class Engine:
             self.scheduler.reset()
             raise
 
-    def _beside_answers(self) -> int:
-        """Tokens of prompts that a step may have where answers wait for it."""
-        return (
-            FIRST_PROMPT_TOKENS
-            if self._prompt_seconds is None
-            else max(16, int(self.token_delay / self._prompt_seconds))
-        )
+    def _beside_answers(self) -> tuple[int, int]:
+        """Tokens of prompts, or patches of media, that a step may have where answers wait for it."""
+        prompt, patch = self._prompt_seconds, self._patch_seconds
+        tokens = FIRST_PROMPT_TOKENS if prompt is None else max(16, int(self.token_delay / prompt))
+        return tokens, FIRST_PATCHES if patch is None else max(1, int(self.token_delay / patch))
 
     def _measure(self, batch: ScheduledBatch, seconds: float) -> None:
         prompt = sum(chunk.tokens for chunk in batch.chunks if chunk.tokens > 1)
-        if prompt >= 16:
-            now, before = seconds / prompt, self._prompt_seconds
-            self._prompt_seconds = max(1e-9, now if before is None else 0.7 * before + 0.3 * now)
+        if batch.patches:
+            seconds -= prompt * (self._prompt_seconds or 0.0)
+            self._patch_seconds = _smoothed(self._patch_seconds, seconds / batch.patches)
+        elif prompt >= 16:
+            self._prompt_seconds = _smoothed(self._prompt_seconds, seconds / prompt)
 
     def _compute(self, batch: ScheduledBatch) -> None:
         try:
             logits = self.runner.run(batch)
-            failed, raw = self._adjust(batch.sampling, logits)
-            tokens, records = self._sample(batch.sampling, logits, raw)
+            with one_thread(logits.device.type == "cpu" and logits.numel() <= ONE_THREAD_LOGITS):
+                failed, raw = self._adjust(batch.sampling, logits)
+                tokens, records = self._sample(batch.sampling, logits, raw)
         except Exception as error:
             failure = error
         else:
@@ -225,6 +230,10 @@ class Engine:
         if request.state is not State.FINISHED:
             self.scheduler.finish(request, reason)
             request.media = request.history = request.guide = None
+
+
+def _smoothed(before: float | None, now: float) -> float:
+    return max(1e-9, now if before is None else 0.7 * before + 0.3 * now)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

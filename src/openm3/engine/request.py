@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -171,22 +171,51 @@ class MediaItem:
     digest: str
 
 
+@dataclass(frozen=True, eq=False)
+class MediaPiece:
+    """A picture, or one segment of a clip: it is encoded on its own. Its item, its place in that one's grid_thw, its
+    pixels' rows in that one, and its rows in the embeddings of all items, one after the other."""
+
+    item: int
+    grid: int
+    patches: slice
+    rows: slice
+
+    @property
+    def cost(self) -> int:
+        return self.patches.stop - self.patches.start
+
+
 @dataclass(eq=False)
 class Media:
     """A prompt's pictures and clips, and which placeholder token shows which of their embeddings.
 
     positions: the places of all placeholder tokens in the prompt, ascending; rows [M]: for each, its row in the
-    embeddings of all items, one after the other. The runner sets `embeds` [M, H], in the placeholders' order.
+    embeddings of all items, one after the other. The runner fills `embeds` [rows of all items, H] piece by piece and
+    says which are there in `encoded`.
     """
 
     items: list[MediaItem]
     positions: list[int]
     rows: list[int]
     embeds: Tensor | None = None
+    encoded: set[MediaPiece] = field(default_factory=set)
+    pieces: list[MediaPiece] = field(init=False)
     _ends: list[int] = field(init=False)  # where each item's rows end
+    _piece_ends: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._ends = list(accumulate(item.tokens for item in self.items))
+        self.pieces = [piece for i in range(len(self.items)) for piece in self._cut(i)]
+        self._piece_ends = [piece.rows.stop for piece in self.pieces]
+
+    def _cut(self, i: int) -> Iterator[MediaPiece]:
+        item = self.items[i]
+        ends = [0, *accumulate(item.grid_thw.prod(1).tolist())]
+        patches_a_row, first = ends[-1] // item.tokens, self._ends[i] - item.tokens
+        for grid, (a, b) in enumerate(pairwise(ends)):
+            rows = slice(first + a // patches_a_row, first + b // patches_a_row)
+            yield MediaPiece(i, grid, slice(a, b), rows)
 
     def content(self, start: int, end: int) -> bytes:
         """What the placeholders at [start, end) of the prompt show, as bytes."""
@@ -195,6 +224,15 @@ class Media:
             item = bisect_right(self._ends, self.rows[i])
             parts += [self.items[item].digest.encode(), (self._ends[item] - self.rows[i]).to_bytes(8)]
         return b"".join(parts)
+
+    def missing(self, start: int, end: int) -> dict[MediaPiece, int]:
+        """The pieces that the placeholders at [start, end) show and that are not encoded, and where each is first."""
+        found: dict[MediaPiece, int] = {}
+        for i in range(bisect_left(self.positions, start), bisect_left(self.positions, end)):
+            piece = self.pieces[bisect_right(self._piece_ends, self.rows[i])]
+            if piece not in self.encoded:
+                found.setdefault(piece, self.positions[i])
+        return found
 
 
 class State(Enum):

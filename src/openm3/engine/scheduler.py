@@ -35,7 +35,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ScheduledBatch:
+    """patches: of pictures and clips, that are encoded on the way."""
+
     chunks: list[Chunk]
+    patches: int = 0
 
     @property
     def sampling(self) -> list[Request]:
@@ -88,27 +91,34 @@ class Scheduler:
         """The unfinished requests whose deadline has passed."""
         return [r for r in (*self.running, *self.waiting) if r.deadline is not None and r.deadline <= now]
 
-    def schedule(self, prompt_tokens: int | None = None, beside_answers: int | None = None) -> ScheduledBatch | None:
+    def schedule(
+        self, prompt_tokens: int | None = None, beside_answers: int | None = None, patches: int | None = None
+    ) -> ScheduledBatch | None:
         """The next step's batch, its pages allocated; None if there is nothing to do.
 
-        prompt_tokens: at most so many of prompts (one at least); beside_answers: the same, where answers wait for it.
+        prompt_tokens: at most so many of prompts (one at least); beside_answers: the same, where answers wait for it,
+        and patches: so many of media then (one picture or segment at least), each taking from the tokens its share.
         """
         for request in list(self.running):  # answers first: their next token may need one page more
             if request.state is State.RUNNING and request.computed + 1 == len(request.token_ids):
                 self._grow(request)
         self._admit()
-        decodes = [r for r in self.running if r.computed + 1 == len(r.token_ids)]
-        prefills = [r for r in self.running if r.computed + 1 < len(r.token_ids)]
+        decodes = [r for r in self.running if self._decodes(r)]
+        prefills = [r for r in self.running if not self._decodes(r)]
         budget = self.max_batch_tokens - len(decodes)
         limits = (prompt_tokens, beside_answers if decodes else None)
         budget = min(budget, *(max(1, limit) for limit in limits if limit is not None), budget)
-        shares = self._shares(prefills, budget)
+        patches = patches if decodes else None
+        shares, encoded = self._within(patches, prefills, self._shares(prefills, budget))
+        if patches is not None and encoded:
+            budget = max(1, budget - budget * encoded // patches)
+            shares, encoded = self._within(patches, prefills, self._shares(prefills, budget))
         chunks = []
         for request, tokens in [*((r, 1) for r in decodes), *zip(prefills, shares)]:
             if tokens:
                 start, end = request.computed, request.computed + tokens
                 chunks.append(Chunk(request, start, end, samples=end == len(request.token_ids)))
-        return ScheduledBatch(chunks) if chunks else None
+        return ScheduledBatch(chunks, encoded) if chunks else None
 
     def advance(self, batch: ScheduledBatch, tokens: list[int]) -> None:
         """Records that a batch was computed; `tokens` are the new ones of batch.sampling, in its order."""
@@ -150,6 +160,27 @@ class Scheduler:
             shares[i] += tokens
             budget -= tokens
         return shares
+
+    @staticmethod
+    def _decodes(request: Request) -> bool:
+        """Whether one token is all that is missing, and not one that shows a picture to be encoded."""
+        last = request.computed
+        return last + 1 == len(request.token_ids) and not (request.media and request.media.missing(last, last + 1))
+
+    @staticmethod
+    def _within(patches: int | None, prefills: list[Request], shares: list[int]) -> tuple[list[int], int]:
+        """The shares, each cut where the media to encode would be too many, and the patches encoded then."""
+        total, kept = 0, []
+        for request, tokens in zip(prefills, shares):
+            start = request.computed
+            missing = request.media.missing(start, start + tokens) if request.media else {}
+            for piece, position in missing.items():
+                if patches is not None and total and total + piece.cost > patches:
+                    tokens = position - start
+                    break
+                total += piece.cost
+            kept.append(tokens)
+        return kept, total
 
     def _admit(self) -> None:
         """Waiting requests enter while pages last, one for each that runs left over (or they would be out soon)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -21,10 +24,40 @@ def fits(plan: Plan) -> bool:
     return plan.max_k <= 4096 and plan.max_k * len(plan.lens_k) <= 4 * sum(plan.lens_k)
 
 
+Part = tuple[slice, Plan]
+_parts: WeakKeyDictionary[Plan, tuple[Part, Part] | None] = WeakKeyDictionary()
+
+
+def parts(plan: Plan) -> tuple[Part, Part] | None:
+    """A plan over pages whose first sequences decode while others have more queries, cut in two: (rows, plan) of each.
+
+    Worked out once a plan; None for all others.
+    """
+    if plan not in _parts:
+        n = sum(1 for _ in takewhile(lambda count: count == 1, plan.lens_q))
+        cut = plan.page_table is not None and 0 < n < len(plan.lens_q)
+        both = ((0, n), (n, len(plan.lens_q))) if cut else ()
+        _parts[plan] = tuple((slice(a, plan.starts_q()[b]), plan.sequences(a, b)) for a, b in both) or None
+    return _parts[plan]
+
+
 def _gather(cache: Tensor, pages: Tensor, head: Tensor | None, scale: Scale, wide: torch.dtype) -> Tensor:
     """Pages (of one KV head each, where `head` is given), dequantized."""
     at = pages if head is None else (pages, head)
-    return dequantize(cache[at], scale, at).to(wide)
+    return dequantize(_take(cache, pages, head), scale, at).to(wide)
+
+
+def _take(cache: Tensor, pages: Tensor, head: Tensor | None) -> Tensor:
+    """`cache[pages, head]`: copied row by row where a page's head is one piece of memory, several times as fast."""
+    if head is None:
+        rows = pages
+    elif cache.is_contiguous():
+        cache, rows = cache.flatten(0, 1), pages * cache.shape[1] + head
+    elif cache.transpose(0, 1).is_contiguous():
+        cache, rows = cache.transpose(0, 1).flatten(0, 1), head * cache.shape[0] + pages
+    else:
+        return cache[pages, head]
+    return cache.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def block_scores(index_q: Tensor, index_k: Tensor, plan: Plan, scale: Scale) -> Tensor:

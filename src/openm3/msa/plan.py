@@ -7,7 +7,7 @@ Keys lie packed, one sequence behind the other (`Plan.packed`), or in pages of o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count, pairwise
 from weakref import WeakValueDictionary
 
@@ -144,6 +144,17 @@ class Plan:
 
     def starts_k(self) -> list[int]:
         return [0, *accumulate(self.lens_k)]
+
+    def sequences(self, first: int, last: int) -> Plan:
+        """The plan of the sequences first..last alone, of a plan whose keys are paged."""
+        if self.page_table is None:
+            raise ValueError("plan.sequences: the plan's keys are packed; only a paged plan can be cut")
+        rows = slice(self.starts_q()[first], self.starts_q()[last])
+        cu_q, cu_k = (cu[first : last + 1] - cu[first] for cu in (self.cu_seqlens_q, self.cu_seqlens_k))
+        return replace(
+            self, lens_q=self.lens_q[first:last], lens_k=self.lens_k[first:last], cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
+            positions=self.positions[rows], seq_ids=self.seq_ids[rows] - first, page_table=self.page_table[first:last],
+        )  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
         """The whole plan as tensors: `host`, then those on the plan's device."""

@@ -31,6 +31,10 @@ def select_blocks(
         return pick_blocks(cpu_decode.block_scores(index_q, index_k, plan), own, plan)
     if choosing and decode.fits(plan):
         return pick_blocks(decode.block_scores(index_q, index_k, plan, index_k_scale), own, plan)
+    if choosing and index_q.device.type == "cpu" and (parts := decode.parts(plan)):
+        found = [select_blocks(index_q[rows], index_k, part, index_k_scale, scores) for rows, part in parts]
+        blocks, values = zip(*found)
+        return torch.cat(blocks, 1), torch.cat(values, 1) if scores else None
     ids = torch.arange(plan.topk, dtype=torch.int32, device=index_q.device)
     blocks = torch.where(ids <= own[:, None], ids, -1).repeat(index_q.shape[1], 1, 1)
     values = torch.empty(blocks.shape, dtype=torch.float32, device=index_q.device) if scores else None

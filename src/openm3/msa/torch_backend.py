@@ -2,6 +2,7 @@
 
 one query for each sequence                    in C on a CPU (`cpu_decode.py`), else one batched product (`decode.py`)
 many queries on a GPU                          one FlexAttention kernel (`flex.py`)
+decoding sequences, then others                the ones as above, the others as below
 else, sequence by sequence                     sparse: sorted tiles (`tiles.py`); dense: PyTorch's fused CPU kernel
 
 A sequence whose queries see no more blocks than they may select attends densely, which is the same sum. Consecutive
@@ -34,9 +35,15 @@ def sparse_attention(
     if cpu_decode.fits(q, k, plan) and v.dtype == k.dtype:
         return cpu_decode.attention(q, k, v, blocks, plan, softmax_scale)
     if decode.fits(plan):
-        return decode.attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
+        some = None if _all_selected(blocks, plan, slice(None), plan.max_k) else blocks
+        return decode.attention(q, k, v, some, plan, softmax_scale, k_scale, v_scale)
     if _use_flex(q, k):
         return flex.attention(q, k, v, blocks, plan, softmax_scale)
+    if parts := decode.parts(plan):
+        return _join([
+            sparse_attention(q[rows], k, v, blocks[:, rows], part, softmax_scale, k_scale, v_scale)
+            for rows, part in parts
+        ], q)  # fmt: skip
     outs = []
     for s, rows, n in rows_of(plan):
         mine = blocks[:, rows]
@@ -91,6 +98,8 @@ def dense_attention(
         return decode.attention(q, k, v, None, plan, softmax_scale, k_scale, v_scale)
     if _use_flex(q, k):
         return flex.attention(q, k, v, None, plan, softmax_scale)
+    if parts := decode.parts(plan):
+        return _join([dense_attention(q[rows], k, v, part, softmax_scale, k_scale, v_scale) for rows, part in parts], q)
     outs = []
     for s, rows, n in rows_of(plan):
         keys, values = sequence_keys(k, plan, s, n, k_scale), sequence_keys(v, plan, s, n, v_scale)
