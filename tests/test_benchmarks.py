@@ -12,10 +12,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import m3_slice
 import msa_attention
 import msa_sides
 import plot_msa
-import slice as slice_bench
 from msa_attention import Bench, DeviceLost, Settings
 from msa_sides import Geometry, make_case
 
@@ -256,9 +256,9 @@ def test_speedups_by_hand():
 
 def test_the_slice_decodes_beside_transformers_on_the_same_weights_and_caches(tmp_path, monkeypatch, capsys):
     path = tmp_path / "slice.json"
-    command = f"slice.py --tiny --device cpu --output {path}"
+    command = f"m3_slice.py --tiny --device cpu --output {path}"
     monkeypatch.setattr(sys, "argv", command.split())
-    assert slice_bench.main() == 0
+    assert m3_slice.main() == 0
     data = json.loads(path.read_text())
     assert "tokens/s" in capsys.readouterr().out
     for batch, context in ((1, 64), (3, 40)):
@@ -271,13 +271,13 @@ def test_the_slice_decodes_beside_transformers_on_the_same_weights_and_caches(tm
             assert theirs["logits"] == pytest.approx(ours["logits"], abs=1e-5)
             assert theirs["ours_times_as_fast"] == pytest.approx(theirs["ms"] / ours["ms"])
     monkeypatch.setattr(sys, "argv", [*command.split(), "--resume"])
-    assert slice_bench.main() == 0
+    assert m3_slice.main() == 0
     assert json.loads(path.read_text())["results"] == data["results"]
 
 
 def test_the_floor_of_a_decode_step_by_hand():
-    model = M3(slice_bench.slice_config(tiny=True))
-    case = slice_bench.Slice(model, batch=2, context=40, steps=4)
+    model = M3(m3_slice.slice_config(tiny=True))
+    case = m3_slice.Slice(model, batch=2, context=40, steps=4)
     hit = torch.tensor([[2, 0, 0, 0, 0, 0, 0, 2], [1, 1, 1, 1, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0, 0, 0]])
     attention = 4 * ((4 + 2 * 2) * 16 * 64 + 64 * 64 + 2 * 16 + 2 * 64) + 3 * ((2 + 1) * 16 * 64 + 2 * 16)
     mlps = 3 * 64 * 96 + 3 * (3 * 64 * 32 + 8 * 64)

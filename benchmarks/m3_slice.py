@@ -6,10 +6,10 @@ steps: scheduling, model, sampling. Beside each time its floor: the bytes of the
 of the caches that have to be read, at the copy speed of the same run. The baseline is transformers' own forward on the
 same weights (shared, not copied) and the same cache contents, a greedy step at a time, as its `generate` decodes.
 
-    python benchmarks/slice.py --quick --seconds 240     # the most important sizes; resume with --resume
-    python benchmarks/slice.py --device cpu --tiny       # the same on a CPU, with a model of nothing
+    python benchmarks/m3_slice.py --quick --seconds 240     # the most important sizes; resume with --resume
+    python benchmarks/m3_slice.py --device cpu --tiny       # the same on a CPU, with a model of nothing
 
-Writes benchmarks/results/slice_DEVICE.json after each measurement. A side that cannot run is a record with an `error`.
+Writes benchmarks/results/m3_slice_DEVICE.json after each measurement. A side that cannot run is a record with an `error`.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def main() -> int:
     if args.tiny:
         settings = replace(settings, cases=((1, 64), (3, 40)), dtype=torch.float32, copied=1 << 20, repeats=(2, 3))
     name = device_name(args.device).replace(" ", "_").replace("/", "_")
-    output = args.output or Path(__file__).parent / "results" / f"slice_{name}.json"
+    output = args.output or Path(__file__).parent / "results" / f"m3_slice_{name}.json"
     try:
         data = Bench(settings, output, args.resume).run()
     except DeviceLost as error:
