@@ -9,7 +9,7 @@ same weights (shared, not copied) and the same cache contents, a greedy step at 
     python benchmarks/m3_slice.py --quick --seconds 240     # the most important sizes; resume with --resume
     python benchmarks/m3_slice.py --device cpu --tiny       # the same on a CPU, with a model of nothing
 
-Writes benchmarks/results/m3_slice_DEVICE.json after each measurement. A side that cannot run is a record with an `error`.
+Writes benchmarks/results/m3_slice_DEVICE.json after each measurement. What cannot run is a record with an `error`.
 """
 
 from __future__ import annotations
