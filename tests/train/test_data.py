@@ -137,11 +137,10 @@ def wait_for(condition, seconds: float = 30.0) -> bool:
 
 
 READER = """
-import signal, sys
+import sys
 from tiny import CopySource
 from openm3.train.data import BatchLoader
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     with BatchLoader(CopySource(samples=18), workers=2, prefetch=200) as loader:
         next(loader), next(loader)  # both workers are up
         try:
