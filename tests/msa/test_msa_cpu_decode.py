@@ -70,10 +70,13 @@ def test_selection_is_the_references_bit_for_bit_where_sums_are_exact(case):
 
 
 @needs_library
-def test_the_number_of_threads_changes_no_bit(monkeypatch):
+@pytest.mark.parametrize("own", [False, True], ids=["PyTorch's threads", "threads of its own"])
+def test_the_number_of_threads_changes_no_bit(own, monkeypatch):
     t, plan = LONG.tensors().in_pages(), LONG.paged()
     blocks = random_blocks(LONG, plan)
     monkeypatch.setattr(cpu_decode, "THREAD_BYTES", 1)
+    if own:
+        monkeypatch.setattr(cpu_decode, "_openmp", lambda: None)
 
     def results(threads):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -1,7 +1,7 @@
 /* Decode over pages on a CPU: attention and block scores of single queries, every key and value read once.
  *
- * Work comes as items, each some of a token's blocks, so that the caller spreads them over threads as it likes: what an
- * item gives does not depend on that. Vectors are 16 floats wide on every machine; the compiler makes the machine's own
+ * Work comes as items, each some of a token's blocks, which threads take one after the other: what an item gives does
+ * not depend on who computes it. Vectors are 16 floats wide on every machine; the compiler makes the machine's own
  * out of them. Queries come four at a time, one product's keys being read once for all of them (native.py pads). Plain
  * C without Python's headers, called through ctypes.
  */
@@ -202,13 +202,21 @@ INLINE int score(const Problem *p, int64_t item, int bf16) {
     return 0;
 }
 
-/* Items `first` to `last`; not 0 where a table names a page that is not there. */
+/* Items that threads take one after the other, each the next. `failed`: a table names a page that is not there. */
+typedef struct {
+    const Problem *problem;
+    int64_t items, next, failed;
+} Work;
+
 #define ITEMS(name, one)                                                                            \
-    CLONES int name(const Problem *p, int64_t first, int64_t last) {                                \
-        int failed = 0;                                                                             \
-        for (int64_t item = first; item < last && !failed; item++)                                  \
-            failed = p->bf16 ? one(p, item, 1) : one(p, item, 0); /* compiled for each of the two */ \
-        return failed;                                                                              \
+    CLONES void name(Work *work) {                                                                  \
+        const Problem *p = work->problem;                                                           \
+        for (;;) {                                                                                  \
+            int64_t item = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);                    \
+            if (item >= work->items || work->failed) return;                                        \
+            int failed = p->bf16 ? one(p, item, 1) : one(p, item, 0); /* compiled for each of the two */ \
+            if (failed) work->failed = 1;                                                           \
+        }                                                                                           \
     }
 
 ITEMS(openm3_decode_attention, attend)

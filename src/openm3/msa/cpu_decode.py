@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
-from itertools import pairwise
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class _Problem(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_void_p) for name in TABLES), *((name, ctypes.c_int64) for name in SIZES)]
 
 
+class _Work(ctypes.Structure):
+    _fields_ = [("problem", ctypes.POINTER(_Problem)), *((n, ctypes.c_int64) for n in ("items", "next", "failed"))]
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, None where they could not be built or are those of another revision."""
@@ -39,6 +43,18 @@ def library() -> ctypes.CDLL | None:
             found.openm3_problem_bytes.restype = ctypes.c_int64
             return found if found.openm3_problem_bytes() == ctypes.sizeof(_Problem) else None
     return None
+
+
+@cache
+def _openmp() -> Any:
+    """How PyTorch's own threads are put to work, None where its OpenMP is another or cannot be found.
+
+    They wait for the next product by spinning for milliseconds: threads beside them would get half of a core.
+    """
+    try:
+        return ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def fits(queries: Tensor, keys: Tensor, plan: Plan) -> bool:
@@ -114,20 +130,19 @@ def _give(problem: _Problem, **tables: Tensor | None) -> None:
 def _run(name: str, problem: _Problem, read: int) -> None:
     """All items of a problem that reads so many bytes, on as many threads as PyTorch may use and the work is worth."""
     heads = problem.heads if problem.out else 1
-    items = problem.tokens * heads * -(-problem.slots // problem.part)
-    threads = max(1, min(torch.get_num_threads(), items, read // THREAD_BYTES))
-    edges = [items * i // threads for i in range(threads + 1)]
-    failed: list[int] = []
-
-    def share(first: int, last: int) -> None:
-        if getattr(library(), name)(ctypes.byref(problem), ctypes.c_int64(first), ctypes.c_int64(last)):
-            failed.append(first)
-
-    others = [Thread(target=share, args=edge, daemon=True) for edge in pairwise(edges[1:])]
-    for thread in others:
-        thread.start()
-    share(*edges[:2])
-    for thread in others:
-        thread.join()
-    if failed:
+    work = _Work(ctypes.pointer(problem), problem.tokens * heads * -(-problem.slots // problem.part))
+    function = getattr(library(), name)
+    threads = max(1, min(torch.get_num_threads(), work.items, read // THREAD_BYTES))
+    if threads == 1:
+        function(ctypes.byref(work))
+    elif parallel := _openmp():
+        parallel(function, ctypes.byref(work), ctypes.c_uint(threads), ctypes.c_uint(0))
+    else:
+        others = [Thread(target=function, args=(ctypes.byref(work),), daemon=True) for _ in range(threads - 1)]
+        for thread in others:
+            thread.start()
+        function(ctypes.byref(work))
+        for thread in others:
+            thread.join()
+    if work.failed:
         raise ValueError(f"page_table: names pages outside of the cache's {problem.pages}")
