@@ -2,7 +2,7 @@
  *
  * Work comes as items, each some of a token's blocks, which threads take one after the other: what an item gives does
  * not depend on who computes it. Vectors are 16 floats wide on every machine; the compiler makes the machine's own
- * out of them. Queries come four at a time, one product's keys being read once for all of them (native.py pads). Plain
+ * out of them. Queries come four at a time, one product's keys being read once for all of them (cpu_decode.py pads). Plain
  * C without Python's headers, called through ctypes.
  */
 #include <math.h>
@@ -223,4 +223,4 @@ ITEMS(openm3_decode_attention, attend)
 ITEMS(openm3_block_scores, score)
 
 /* Callers compare it with their own: a library built from another revision is not used. */
-int64_t openm3_problem_bytes(void) { return sizeof(Problem); }
+int64_t openm3_decode_bytes(void) { return sizeof(Problem) + sizeof(Work); }

@@ -40,8 +40,10 @@ def library() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         if (path := Path(__file__).with_name("_cpu_decode" + suffix)).exists():
             found = ctypes.CDLL(str(path))
-            found.openm3_problem_bytes.restype = ctypes.c_int64
-            return found if found.openm3_problem_bytes() == ctypes.sizeof(_Problem) else None
+            if not hasattr(found, "openm3_decode_bytes"):
+                return None
+            found.openm3_decode_bytes.restype = ctypes.c_int64
+            return found if found.openm3_decode_bytes() == ctypes.sizeof(_Problem) + ctypes.sizeof(_Work) else None
     return None
 
 
