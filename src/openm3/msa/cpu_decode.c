@@ -2,8 +2,8 @@
  *
  * Work comes as items, each some of a token's blocks, which threads take one after the other: what an item gives does
  * not depend on who computes it. Vectors are 16 floats wide on every machine; the compiler makes the machine's own
- * out of them. Queries come four at a time, one product's keys being read once for all of them (cpu_decode.py pads). Plain
- * C without Python's headers, called through ctypes.
+ * out of them. Queries come four at a time, one product's keys being read once for all of them (cpu_decode.py pads).
+ * Plain C without Python's headers, called through ctypes.
  */
 #include <math.h>
 #include <stddef.h>
