@@ -283,13 +283,19 @@ class Timed(FakeRunner):
         return super().run(batch)
 
 
-def test_a_stream_waits_no_longer_than_the_delay_for_the_prompts_of_others():
+def one_stream():
+    """(an engine whose steps take the runner's time, that time, a stream of 120 tokens that has begun)"""
     now = [0.0]
     engine = Engine(Timed(now), num_pages=4096, page_size=4, max_batch_tokens=2048, token_delay=0.1,
                     clock=lambda: now[0])  # fmt: skip
     stream = make_request([1], 120)
     engine.add(stream)
     engine.step()
+    return engine, now, stream
+
+
+def test_a_stream_waits_no_longer_than_the_delay_for_the_prompts_of_others():
+    engine, now, stream = one_stream()
     for i in range(3):
         engine.add(make_request([i] * 2000, 4))
     delays = []
@@ -302,12 +308,7 @@ def test_a_stream_waits_no_longer_than_the_delay_for_the_prompts_of_others():
 
 
 def test_a_stream_waits_no_longer_than_the_delay_for_the_pictures_of_others():
-    now = [0.0]
-    engine = Engine(Timed(now), num_pages=4096, page_size=4, max_batch_tokens=2048, token_delay=0.1,
-                    clock=lambda: now[0])  # fmt: skip
-    stream = make_request([1], 120)
-    engine.add(stream)
-    engine.step()
+    engine, now, stream = one_stream()
     engine.add(make_request([2] * 400, 1))
     pictures = make_request([3] * 400, 4)
     items = [MediaItem(None, torch.tensor([[1, 4, 4]]), 4, str(i)) for i in range(90)]

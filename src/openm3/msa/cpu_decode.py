@@ -74,7 +74,8 @@ def block_scores(index_q: Tensor, index_k: Tensor, plan: Plan) -> Tensor:
     q = _padded(index_q.float()[:, None])  # [B, 1, Hi', Di]
     width = -(-plan.max_k // plan.block_size)
     scores = torch.empty(len(q), q.shape[2], width)
-    problem = _problem(q, index_k[:, None], index_k[:, None], None, plan, scores=scores)
+    keys = index_k[:, None]  # one head; there are no values
+    problem = _problem(q, keys, keys, None, plan, scores=scores)
     _run("openm3_block_scores", problem, sum(plan.lens_k) * index_k.shape[-1] * index_k.itemsize)
     return scores[:, : index_q.shape[1]].transpose(0, 1)
 
