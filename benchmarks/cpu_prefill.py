@@ -7,6 +7,9 @@ its peak memory is its own. transformers runs under a memory limit and is report
     python benchmarks/cpu_prefill.py                    # ours at 8 K to 131 K, transformers at 8 K
     python benchmarks/cpu_prefill.py --baseline 16384   # needs 22.5 GiB
 
+Decode at two lengths and a large copy take turns in one process, so that all three meet the same machine, and no cache
+of the processor keeps what one step read for the next.
+
 Writes benchmarks/results/cpu_prefill.json and prints the table.
 """
 
@@ -24,7 +27,7 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "cpu_prefill.json"
-DECODE_STEPS = 15
+DECODE_ROUNDS = 40
 
 
 def model_config():
@@ -50,12 +53,9 @@ def prompt(length: int):
 
 
 def ours(directory: Path, length: int) -> dict[str, float]:
-    """One prefill, then decode steps over the paged cache at that length."""
     import torch
 
     from openm3.checkpoint import load_model
-    from openm3.model import KVCache, plan_args
-    from openm3.msa import Plan
 
     model = load_model(directory)
     ids = prompt(length)
@@ -64,20 +64,40 @@ def ours(directory: Path, length: int) -> dict[str, float]:
         start = time.perf_counter()
         model.logits(model(ids).hidden[-1:])
         seconds = time.perf_counter() - start
-        peak = peak_bytes()
-        pages = -(-(length + DECODE_STEPS) // 128)
-        cache, table = KVCache(model.config, pages), torch.arange(pages, dtype=torch.int32)[None]
+    return {"seconds": seconds, "peak_bytes": peak_bytes()}
+
+
+def decode(directory: Path, short: int, long: int, rounds: int = DECODE_ROUNDS) -> dict[str, float]:
+    """Medians of decode steps over paged caches of two lengths, and what the longer one's extra bytes cost in units of
+    the copy that takes turns with them."""
+    import torch
+
+    from openm3.checkpoint import load_model
+    from openm3.model import KVCache, plan_args
+    from openm3.msa import Plan
+
+    model, copy, times = load_model(directory), Copy(), {0: [], short: [], long: []}
+    caches = {n: KVCache(model.config, -(-(n + rounds) // 128)) for n in (short, long)}
+    for cache in caches.values():
         for layer in cache.layers:
             for tensor in (layer.k, layer.v, layer.index_k):
                 if tensor is not None:
                     tensor.normal_()
-        steps = []
-        for step in range(DECODE_STEPS):
-            begin = time.perf_counter()
-            plan = Plan.paged(table, [length + step + 1], [0, 1], **plan_args(model.config))
-            model.logits(model(ids[:1], cache=cache, plan=plan).hidden)
-            steps.append(time.perf_counter() - begin)
-    return {"seconds": seconds, "peak_bytes": peak, "decode_seconds": statistics.median(steps[3:])}
+    with torch.inference_mode():
+        for number in range(rounds):
+            for n, cache in caches.items():
+                times[0].append(copy())
+                start = time.perf_counter()
+                table = torch.arange(cache.num_pages, dtype=torch.int32)[None]
+                plan = Plan.paged(table, [n + number + 1], [0, 1], **plan_args(model.config))
+                model.logits(model(prompt(1), cache=cache, plan=plan).hidden)
+                times[n].append(time.perf_counter() - start)
+    seconds = {n: statistics.median(found[3:]) for n, found in times.items()}
+    rate, extra = copy.bytes / seconds[0], decode_bytes(long) - decode_bytes(short)
+    return {
+        "short": short, "long": long, "short_ms": seconds[short] * 1e3, "long_ms": seconds[long] * 1e3,
+        "extra_bytes": extra, "copy_bytes_per_second": rate, "ratio": (seconds[long] - seconds[short]) * rate / extra,
+    }  # fmt: skip
 
 
 def transformers(directory: Path, length: int) -> dict[str, float]:
@@ -94,17 +114,20 @@ def transformers(directory: Path, length: int) -> dict[str, float]:
     return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 
-def copy_rate() -> float:
-    """Bytes a second that a large copy moves, read and written, median of five."""
-    import torch
+class Copy:
+    """A copy of 256 MiB; a call takes so many seconds, and `bytes` are read and written."""
 
-    x = torch.empty(256 << 20, dtype=torch.uint8).fill_(1)
-    y, times = torch.empty_like(x), []
-    for _ in range(6):
+    def __init__(self) -> None:
+        import torch
+
+        self.x = torch.empty(256 << 20, dtype=torch.uint8).fill_(1)
+        self.y = torch.zeros_like(self.x)
+        self.bytes = 2 * self.x.numel()
+
+    def __call__(self) -> float:
         start = time.perf_counter()
-        y.copy_(x)
-        times.append(time.perf_counter() - start)
-    return 2 * x.numel() / statistics.median(times[1:])
+        self.y.copy_(self.x)
+        return time.perf_counter() - start
 
 
 def peak_bytes() -> int:
@@ -118,8 +141,9 @@ def decode_bytes(length: int) -> int:
     return length * 4 * (dense + sum(text.sparse_layers) * text.sparse.index_dim)
 
 
-def measure(side: str, directory: Path, length: int, threads: int, limit: int) -> dict[str, object]:
-    command = [sys.executable, __file__, "--measure", side, str(directory), str(length), str(threads), str(limit)]
+def measure(side: str, directory: Path, lengths: list[int], threads: int, limit: int) -> dict[str, object]:
+    sizes = [str(n) for n in (threads, limit, *lengths)]
+    command = [sys.executable, __file__, "--measure", side, str(directory), *sizes]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -128,13 +152,13 @@ def measure(side: str, directory: Path, length: int, threads: int, limit: int) -
     raise SystemExit(done.stderr)
 
 
-def worker(side: str, directory: str, length: str, threads: str, limit: str) -> None:
+def worker(side: str, directory: str, threads: str, limit: str, *lengths: str) -> None:
     import torch
 
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
     torch.set_num_threads(int(threads))
-    run = {"ours": ours, "transformers": transformers, "copy": lambda *_: {"bytes_per_second": copy_rate()}}[side]
-    print(json.dumps(run(Path(directory), int(length))))
+    run = {"ours": ours, "transformers": transformers, "decode": decode}[side]
+    print(json.dumps(run(Path(directory), *map(int, lengths))))
 
 
 def table(result: dict) -> str:
@@ -153,12 +177,11 @@ def table(result: dict) -> str:
             cells += [f"{int(length) / theirs['seconds']:,.0f}", f"{theirs['peak_bytes'] / 1e9:.1f} GB"]
             cells += [f"{theirs['seconds'] / mine['seconds']:.1f}x"]
         lines.append("| " + " | ".join(cells) + " |")
-    d = result.get("decode")
-    if d:
+    if d := result.get("decode"):
         lines.append(
             f"\nDecode: {d['short_ms']:.1f} ms at {d['short']:,} tokens, {d['long_ms']:.1f} ms at {d['long']:,}: "
             f"the extra {d['extra_bytes'] / 1e6:.0f} MB cost {d['ratio']:.2f} times their share at copy speed "
-            f"({result['copy_bytes_per_second'] / 1e9:.1f} GB/s)."
+            f"({d['copy_bytes_per_second'] / 1e9:.1f} GB/s)."
         )
     return "\n".join(lines)
 
@@ -172,7 +195,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit-gib", type=float, default=23.0, help="memory limit of each process")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         return worker(*args.measure)
@@ -185,31 +208,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "model"
         save_model(M3(model_config()), directory)
-        result["copy_bytes_per_second"] = measure("copy", directory, 0, args.threads, limit)["bytes_per_second"]
         for length in sorted({*args.lengths, *args.baseline}):
-            row = {"ours": measure("ours", directory, length, args.threads, limit)}
+            row = {"ours": measure("ours", directory, [length], args.threads, limit)}
             if length in args.baseline:
-                row["transformers"] = measure("transformers", directory, length, args.threads, limit)
+                row["transformers"] = measure("transformers", directory, [length], args.threads, limit)
             result["prefill"][str(length)] = row
             print(f"{length:,} tokens: {row}", file=sys.stderr, flush=True)
-    result["decode"] = decode(result)
+        if len(long := [n for n in args.lengths if n >= 16384]) > 1:
+            result["decode"] = measure("decode", directory, [min(long), max(long)], args.threads, limit)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
-
-
-def decode(result: dict) -> dict[str, float] | None:
-    lengths = [int(n) for n in result["prefill"] if int(n) >= 16384]
-    if len(lengths) < 2:
-        return None
-    short, long = min(lengths), max(lengths)
-    times = {n: result["prefill"][str(n)]["ours"]["decode_seconds"] for n in (short, long)}
-    extra = decode_bytes(long) - decode_bytes(short)
-    at_copy_speed = extra / result["copy_bytes_per_second"]
-    return {
-        "short": short, "long": long, "short_ms": times[short] * 1e3, "long_ms": times[long] * 1e3,
-        "extra_bytes": extra, "ratio": (times[long] - times[short]) / at_copy_speed,
-    }  # fmt: skip
 
 
 def cpu_name() -> str:

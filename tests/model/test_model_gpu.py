@@ -33,7 +33,8 @@ def test_logits_are_those_of_the_cpu():
 
 
 def test_gradients_are_those_of_the_cpu():
-    model = random_model(tiny(head_dim=32, rotary_dim=16, num_local_experts=2, sparse=dict(topk_blocks=40)))
+    model = random_model(tiny(head_dim=32, rotary_dim=16, num_local_experts=2,
+                              sparse=dict(topk_blocks=40, index_dim=16)))  # fmt: skip
     p, found = prompt(model.config, 100), {}
     for device in ("cpu", "cuda"):
         one = copy.deepcopy(model).to(device)
