@@ -4,8 +4,7 @@ A graph is captured when a step first needs its size: so many sequences of at mo
 power of two. Its plan is that of full sequences; the true positions and pages are written into its tensors before each
 replay, which attention follows. Rows behind the step's own decode one token into a page that belongs to nobody.
 
-Without a GPU the same steps run uncaptured. The capture has not run on a GPU yet, so it is off unless asked for; it
-needs half precision, whose grouped products never wait for the device.
+Without a GPU the same steps run uncaptured. Half precision only: its grouped products never wait for the device.
 """
 
 from __future__ import annotations

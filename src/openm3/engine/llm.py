@@ -39,8 +39,8 @@ class LLM:
 
     device: default CUDA where there is one; dtype: default float32 on a CPU, the checkpoint's on a GPU; cache_tokens:
     tokens that all running requests share, default by free memory; max_batch_tokens: most tokens of one step, which
-    bounds how long a running stream waits for a prompt; decode_graphs: answers are decoded through CUDA graphs, in half
-    precision on a GPU (not yet tried on one).
+    bounds how long a running stream waits for a prompt; decode_graphs: answers are decoded through CUDA graphs,
+    which is the default on a GPU in half precision.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class LLM:
         dtype: torch.dtype | None = None,
         cache_tokens: int | None = None,
         max_batch_tokens: int = 2048,
-        decode_graphs: bool = False,
+        decode_graphs: bool | None = None,
     ) -> None:
         from openm3.checkpoint import load_model, resolve
 
@@ -85,7 +85,7 @@ class LLM:
         eos_ids: Iterable[int],
         cache_tokens: int | None,
         max_batch_tokens: int,
-        decode_graphs: bool = False,
+        decode_graphs: bool | None = None,
     ) -> None:
         self.model = model
         self.config: M3Config = model.config

@@ -56,7 +56,7 @@ class Runner:
     """Runs batches of `model`, with `num_pages` pages of cache beside it on its device, in its dtype.
 
     media_cache_bytes: bound of the embeddings kept of pictures and clips already seen; decode_graphs: steps of answers
-    alone go through CUDA graphs (`graphs.py`), for which there is one page more.
+    alone go through CUDA graphs (`graphs.py`), for which there is one page more; None: on a GPU in half precision.
     """
 
     def __init__(
@@ -65,9 +65,11 @@ class Runner:
         num_pages: int,
         *,
         media_cache_bytes: int = MEDIA_CACHE_BYTES,
-        decode_graphs: bool = False,
+        decode_graphs: bool | None = None,
     ) -> None:
         weight = model.embed.weight
+        if decode_graphs is None:
+            decode_graphs = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
         self.model = model
         self.device = weight.device
         self.cache = KVCache(model.config, num_pages + decode_graphs, device=weight.device, dtype=weight.dtype)

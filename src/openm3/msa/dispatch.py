@@ -78,9 +78,8 @@ BACKENDS: dict[str, Backend] = {
         hopper_backend.refusal, hopper_backend.select_exactly,
     ),
 }  # fmt: skip
-# What backend=None tries on a device, the best first; then "torch", which serves everything. "triton" comes in here
-# once its tests have passed on a GPU; until then it is taken by name.
-PREFERRED: dict[str, tuple[str, ...]] = {}
+# What backend=None tries on a device, the best first; then "torch", which serves everything.
+PREFERRED: dict[str, tuple[str, ...]] = {"cuda": ("hopper", "triton")}
 
 
 def function_of(

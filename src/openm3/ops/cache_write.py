@@ -29,9 +29,7 @@ DTYPES = {"cos": (torch.float32,), "sin": (torch.float32,), "slots": (torch.int6
 ONE_AXIS = ("q_norm", "k_norm", "index_q_norm", "index_k_norm", "slots")
 FP8_MAX = 448.0  # what lies beyond is stored as this, not as NaN
 BACKENDS = ("triton", "torch")
-# What backend=None takes on a device, where it can serve. "triton" comes in here for "cuda" once its tests have passed
-# on a GPU; until then it is taken by name.
-PREFERRED: dict[str, str] = {}
+PREFERRED = {"cuda": "triton"}  # what backend=None takes on a device, where it can serve
 TILE = 2048  # values that one program of the kernel takes at a time
 
 
