@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -236,9 +237,11 @@ class Bench:
         del case, keys, values, index
         self.free()
         first: list[Tensor] = []
+        accepted = inspect.signature(theirs.forward).parameters
+        given = {"cache" if "cache" in accepted else "past_key_values": cache}  # by transformers' version
 
         def step() -> None:
-            logits = theirs(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            logits = theirs(input_ids=ids, **given, use_cache=True, logits_to_keep=1).logits[:, -1].float()
             first.append(logits[:1, :8]) if not first else None
             ids.copy_(logits.argmax(-1, keepdim=True))
             ids.tolist()
@@ -246,7 +249,9 @@ class Bench:
         row |= self.record.rate(self.steps(step))
         row |= {"logits": first[0][0].tolist(), "tokens_per_second": 1e3 * batch / row["ms"]}
         ours = self.record.find(what="decode", side="openm3", batch=batch, context=context)
-        row["ours_times_as_fast"] = row["ms"] / ours[0]["ms"] if ours and "ms" in ours[0] else None
+        if ours and "ms" in ours[0]:
+            row["ours_times_as_fast"] = row["ms"] / ours[0]["ms"]
+            row["logits_gap"] = max(abs(a - b) for a, b in zip(row["logits"], ours[0]["logits"]))
 
     def slice(self, batch: int, context: int) -> Slice:
         self.loads.clear()
