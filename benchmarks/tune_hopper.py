@@ -141,7 +141,7 @@ def check_fp8(name: str, problem: Problem) -> Iterator[tuple[str, float, float]]
     yield f"fp8 selection, {name}", float((found != wanted).sum()), 0.0
     t, plan = problem.make()
     k, v = t["k"].to(fp8).contiguous(), t["v"].to(fp8).contiguous()
-    scale = torch.rand(k.shape[:2], device=DEVICE) + 0.5
+    scale = torch.rand(k.shape[:2], device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(problem.seed)) + 0.5
     exact = [x.double() * scale.double()[..., None, None] for x in (k, v)]
     for kind, blocks in (("sparse", wanted), ("dense", None)):
         out, _ = reference.attention(t["q"].double(), *exact, blocks, plan, 0.09)
@@ -311,10 +311,8 @@ JOBS: dict[str, Job] = {
         step_checks, STEPS, step_parts,
         (
             dict(programmatic=False), dict(score_stages=2), dict(score_waves=1, score_stages=5),
-            dict(score_waves=3, score_stages=2), dict(score_waves=4, score_stages=2), dict(score_warps=8),
-            dict(pick_chunk=256), dict(pick_chunk=1024), dict(attend_waves=1, attend_stages=4), dict(attend_stages=2),
-            dict(attend_keys=128, attend_stages=2, attend_waves=1), dict(attend_warps=8),
-            dict(attend_waves=3, attend_stages=2),
+            dict(score_waves=3, score_stages=2), dict(score_warps=8), dict(pick_chunk=256), dict(pick_chunk=512),
+            dict(few_keys=64, few_stages=4), dict(few_keys=64, few_stages=3, few_waves=2), dict(attend_warps=8),
         ),
     ),
     "fp8 step": Job(
@@ -325,8 +323,8 @@ JOBS: dict[str, Job] = {
         ),
         ((1, M), (1, 128 * K), (8, 512 * K)), fp8_step_parts,
         (
-            dict(programmatic=False), dict(score_stages=2), dict(score_stages=4), dict(score_stages=6),
-            dict(score_waves=3), dict(score_waves=4), dict(score_warps=8), dict(score_waves=3, score_stages=4),
+            dict(programmatic=False), dict(score_stages=2), dict(score_stages=4), dict(narrow_waves=2),
+            dict(narrow_waves=4), dict(score_warps=8), dict(narrow_waves=2, score_warps=8),
         ),
     ),
     "select": Job(
@@ -339,8 +337,9 @@ JOBS: dict[str, Job] = {
         ((8 * K, 128 * K, "random"), (8 * K, 128 * K, "clustered"), (8 * K, M, "random"), (8 * K, 32 * K, "random")),
         partial(chunk_parts, "attend"),
         (
-            dict(gather_chunk=16), dict(gather_chunk=64), dict(gather_stages=1), dict(gather_rows=128),
-            dict(union=0), dict(union=1.5), dict(union=4), dict(union=8),
+            dict(gather_stages=1), dict(gather_rows=128, gather_warps=8), dict(gather_chunk=64), dict(gather_chunk=16),
+            dict(unite_lanes=16),
+            dict(union=1.5), dict(union=2), dict(union=4), dict(union=8),
         ),
     ),
     "dense": Job(
@@ -351,8 +350,7 @@ JOBS: dict[str, Job] = {
         lambda: check_attention("one sequence", Problem((1,), (20000,)), sparse=False), ((1, 128 * K), (1, M)),
         dense_step_parts,
         (
-            dict(attend_stages=2), dict(attend_waves=1, attend_stages=5), dict(attend_waves=3, attend_stages=2),
-            dict(attend_keys=128, attend_stages=2, attend_waves=1), dict(attend_warps=8),
+            dict(few_keys=64, few_stages=3, few_waves=2), dict(few_keys=64, few_stages=5), dict(attend_warps=8),
         ),
     ),
 }  # fmt: skip

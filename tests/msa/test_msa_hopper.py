@@ -77,16 +77,16 @@ def run_step(case, monkeypatch, fp8=False):
     [
         STEP,
         STEP.but(lens_q=(4, 4), hkv=1, group=8, hi=1, topk=8),
-        STEP.but(lens_q=(1,), lens_k=(70_000,), hkv=1, hi=1, topk=32),  # 256 parts to combine
+        STEP.but(lens_q=(1,), lens_k=(70_000,), hkv=1, hi=1, topk=32),  # 128 parts to combine
+        STEP.but(lens_q=(1,) * 40, lens_k=(3000,) * 40),  # more programs than multiprocessors
     ],
-    ids=["one", "four", "long"],
+    ids=["one", "four", "long", "many"],
 )
-def test_every_decode_launch_compiles_and_two_programs_share_a_multiprocessor(case, fp8, monkeypatch):
+def test_every_decode_launch_compiles_and_fits(case, fp8, monkeypatch):
     launches = run_step(case, monkeypatch, fp8)
-    assert [launch[0].__name__ for launch in launches] == [
-        "score_step", "pick_step", "attend_step", "combine_step", "attend_step", "combine_step",
-    ]  # fmt: skip
-    fit_two_a_multiprocessor(launches)
+    names = [launch[0].__name__ for launch in launches if launch[0].__name__ != "combine_step"]
+    assert names == ["score_step", "pick_step", "attend_step", "attend_step"]
+    fit_the_multiprocessor(launches)
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels for the interpreter do not compile")
@@ -105,16 +105,18 @@ def test_every_launch_of_an_exact_selection_from_fp8_keys_compiles(case, monkeyp
     with recorded(monkeypatch, step_kernels()) as launches:
         hopper_backend.select_exactly(index_q, exact.to(FP8), plan, torch.ones(2), False, exact, torch.ones(2))
     assert [launch[0].__name__ for launch in launches] == ["score_step", "shortlist_step", "rescore_step", "pick_step"]
-    fit_two_a_multiprocessor(launches)
+    fit_the_multiprocessor(launches)
     batch, rows = 1, case.lens_q[0] * case.hi
     assert [launch[1][1:] for launch in launches] == [(batch,), (batch,), (rows, batch), (batch,)]
     assert launches[2][1][0] * rows >= 132  # every multiprocessor may score again
 
 
-def fit_two_a_multiprocessor(launches):
+def fit_the_multiprocessor(launches):
+    """Two programs share one, but for attention with few programs, which have one each to themselves."""
     for kernel, _, args, options in launches:
         found = triton_targets.compiled(kernel, args, options, 90)
-        assert found.metadata.shared <= 113 << 10, kernel.__name__
+        alone = options.get("BN") == hopper_backend.TUNING.few_keys
+        assert found.metadata.shared <= (227 if alone else 113) << 10, kernel.__name__
         assert found.asm["cubin"]
         assert "griddepcontrol.wait" in found.asm["ptx"]
         assert "LDL" not in found.asm["sass"]
@@ -193,7 +195,7 @@ def test_the_card_is_filled_and_grids_ignore_the_lengths_on_the_device(monkeypat
     assert grids[0] == grids[1]
     assert grids[0][0] == (256, 1)  # two programs a multiprocessor, 4 blocks each
     assert grids[0][1] == (1, 1)
-    assert grids[0][2] == (1, 256)  # 8 steps of 64 keys each
+    assert grids[0][2] == (1, 128)  # one a multiprocessor, 8 steps of 128 keys each
 
 
 @pytest.mark.parametrize(

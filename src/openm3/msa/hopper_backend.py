@@ -35,6 +35,8 @@ MOST_QUERIES = 16  # tokens a sequence that are still a decode step
 MOST_SPAN = 256  # steps of one program, whose pages it holds in registers
 MOST_BLOCKS = 16384  # of one row of scores
 LIST_PIECE = 8192  # of them, that are looked at together to list the promising ones
+SHORT_LIST = 512  # of these, that are chosen from without a look at the others
+MOST_WARPS = 32
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,16 @@ class Tuning:
     score_stages: int = 3
     score_warps: int = 4
     score_waves: int = 2  # programs a multiprocessor
-    pick_chunk: int = 512  # blocks a warp
+    narrow_waves: int = 3  # of a scan of fp8 keys
+    pick_chunk: int = 128  # blocks a warp
     scan_blocks: int = 128  # a row of a decode step, from which on an fp8 scan is less to read than the exact keys
     attend_keys: int = 64  # keys a step
     attend_stages: int = 3
-    attend_warps: int = 4
     attend_waves: int = 2
+    few_keys: int = 128  # the same three where there are fewer (token, KV head) pairs than multiprocessors
+    few_stages: int = 2
+    few_waves: int = 1
+    attend_warps: int = 4
     tile_stages: int = 4
     tile_blocks: int = 64  # that one program scores
     union: float = 2.5  # times top-k blocks in a tile's union, above which its queries are gathered
@@ -57,6 +63,8 @@ class Tuning:
     gather_rows: int = 64  # query heads that pass a page at a time
     gather_chunk: int = 32  # queries of one program
     gather_stages: int = 2
+    gather_warps: int = 4
+    unite_lanes: int = 32  # entries a warp compares with all others
     programmatic: bool = True  # the next kernel is set up while one still runs
 
 
@@ -173,10 +181,10 @@ def _select_step(
     index_q = index_q if index_q.stride(-1) == 1 else index_q.contiguous()
     scale, scale_page, k_mul = _key_scale(index_k_scale, found)
     table, table_row = triton_backend._table(plan)
-    splits, span = _split(width, batch, tuning.score_waves, device)
+    narrow, dot = index_k.dtype == FP8, triton_backend._product(index_q, index_q)["DOT"]
+    splits, span = _split(width, batch, tuning.narrow_waves if narrow else tuning.score_waves, device)
     chunk = pad(width, plan.topk)
     lengths = dict(EACH=_each(plan), HEADS=heads, ROWS=rows, BLOCK=BLOCK)
-    narrow, dot = index_k.dtype == FP8, triton_backend._product(index_q, index_q)["DOT"]
     with on(device):
         hopper_decode.score_step[(splits, batch)](
             index_q, _pages(index_k, BLOCK), scale, error if bounds else found,
@@ -185,12 +193,14 @@ def _select_step(
             SCALED=scale is not found, NARROW=narrow, BOUNDS=bounds, DOT=tl.float16 if narrow else dot,
             STAGES=tuning.score_stages, **_launch(tuning.score_warps, plan),
         )  # fmt: skip
+        listed, length, short, warps = found, found, 0, min(MOST_WARPS, max(1, chunk // tuning.pick_chunk))
         if bounds:
-            _rescore(index_q, exact, plan, found, table, table_row, lengths, dot)
+            listed, length = _rescore(index_q, exact, plan, found, table, table_row, lengths, dot)
+            short, warps = min(SHORT_LIST, chunk), min(8, warps)
         hopper_pick.pick_step[(heads * plan.max_q, batch)](
-            found, blocks, values if scores else found, plan.cu_seqlens_q, plan.positions, width, tokens, **lengths,
-            TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
-            VALUES=scores, **_launch(min(16, max(1, chunk // tuning.pick_chunk)), plan),
+            found, listed, length, blocks, values if scores else found, plan.cu_seqlens_q, plan.positions, width,
+            tokens, **lengths, TOPK=plan.topk, LOCAL=plan.local_blocks, INIT=plan.init_blocks, CHUNK=chunk,
+            SHORT=short, VALUES=scores, **_launch(warps, plan),
         )  # fmt: skip
     return blocks, values
 
@@ -206,8 +216,9 @@ def _key_scale(scale: Scale, none: Tensor) -> tuple[Tensor, int, float]:
 
 def _rescore(
     index_q: Tensor, exact: Tensor, plan: Plan, found: Tensor, table: Tensor, table_row: int, lengths: dict, dot
-) -> None:  # fmt: skip
-    """Bounds of scores in `found` [B, rows, blocks] become scores, of the blocks that may be chosen."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Bounds of scores in `found` [B, rows, blocks] become scores, of the blocks that may be chosen. These blocks,
+    int32 of the same shape, and how many they are [B, rows]."""
     from openm3.msa import hopper_exact as kernels
 
     (batch, _, width), heads, device, tuning = found.shape, index_q.shape[1], found.device, TUNING
@@ -225,6 +236,7 @@ def _rescore(
         index_q, _pages(exact, BLOCK), listed, length, found, *step, table_row, width, **lengths, D=DIM,
         SPAN=pad(span, 1), DOT=dot, STAGES=tuning.score_stages, **_launch(tuning.score_warps, plan),
     )  # fmt: skip
+    return listed, length
 
 
 def _select_tiles(index_q: Tensor, index_k: Tensor, plan: Plan, scores: bool) -> tuple[Tensor, Tensor | None]:
@@ -266,13 +278,13 @@ def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, plan: Plan, softmax_scale: float,
     k_scale: Scale = None, v_scale: Scale = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    parts, span = _parts(q, k, plan, plan.topk * BLOCK, len(q))
+    split = _parts(q, k, plan, plan.topk * BLOCK, len(q))
     call = Call(q, k, v, plan, softmax_scale, k_scale, v_scale)
     if plan.max_q > MOST_QUERIES:
         return _attend_prompt(call, k, v, blocks.contiguous(), plan, softmax_scale)
-    if not parts:
+    if split is None:
         return triton_backend.sparse_attention(q, k, v, blocks, plan, softmax_scale, k_scale, v_scale)
-    return _attend_step(call, k, v, blocks.contiguous(), plan, parts, span)
+    return _attend_step(call, k, v, blocks.contiguous(), plan, split)
 
 
 def dense_attention(
@@ -284,31 +296,45 @@ def dense_attention(
             out, lse = _results(q)
             _attend_tiles(q, k, v, plan, softmax_scale, tiles, 0, len(tiles), None, None, out, lse)
             return out, lse
-    parts, span = _parts(q, k, plan, plan.max_k, len(plan.lens_q))
-    if not parts or plan.max_q * q.shape[1] // k.shape[1] > MOST_ROWS:
+    split = _parts(q, k, plan, plan.max_k, len(plan.lens_q))
+    if split is None or plan.max_q * q.shape[1] // k.shape[1] > MOST_ROWS:
         return triton_backend.dense_attention(q, k, v, plan, softmax_scale, k_scale, v_scale)
-    return _attend_step(Call(q, k, v, plan, softmax_scale, k_scale, v_scale), k, v, None, plan, parts, span)
+    return _attend_step(Call(q, k, v, plan, softmax_scale, k_scale, v_scale), k, v, None, plan, split)
 
 
-def _parts(q: Tensor, k: Tensor, plan: Plan, keys: int, units: int) -> tuple[int, int]:
-    """How a decode step's keys are split; (0, 0) for a plan that is none, or where the parts exceed the workspace."""
+@dataclass(frozen=True)
+class Split:
+    """How a decode step's keys are cut: so many parts of at most `span` steps of `keys` keys, in `stages` buffers."""
+
+    parts: int
+    span: int
+    keys: int
+    stages: int
+
+
+def _parts(q: Tensor, k: Tensor, plan: Plan, keys: int, units: int) -> Split | None:
+    """None for a plan that is no decode step, or where the parts exceed the workspace."""
     if not _is_step(plan):
-        return 0, 0
-    steps = max(1, -(-keys // TUNING.attend_keys))
-    parts, span = _split(steps, units * k.shape[1], TUNING.attend_waves, q.device)
-    return (parts, span) if 4 * parts * len(q) * q.shape[1] * (DIM + 1) <= plan.workspace_bytes else (0, 0)
+        return None
+    step, stages, waves = TUNING.attend_keys, TUNING.attend_stages, TUNING.attend_waves
+    programs = units * k.shape[1]
+    if programs < triton_backend._multiprocessors(q.device):
+        step, stages, waves = TUNING.few_keys, TUNING.few_stages, TUNING.few_waves
+    parts, span = _split(max(1, -(-keys // step)), programs, waves, q.device)
+    if 4 * parts * len(q) * q.shape[1] * (DIM + 1) > plan.workspace_bytes:
+        return None
+    return Split(parts, span, step, stages)
 
 
 def _attend_step(
-    call: Call, k: Tensor, v: Tensor, blocks: Tensor | None, plan: Plan, parts: int, span: int
+    call: Call, k: Tensor, v: Tensor, blocks: Tensor | None, plan: Plan, split: Split
 ) -> tuple[Tensor, Tensor]:
     from openm3.msa import hopper_decode as kernels
 
-    q, tuning = call.q, TUNING
+    q, parts, step = call.q, split.parts, split.keys
     (tokens, heads, _), hkv, device = q.shape, k.shape[1], q.device
     group, selected = heads // hkv, blocks is not None
     table, q_token, q_head, *_, table_row, k_page, k_head, v_page, v_head = call.strides
-    step = tuning.attend_keys
     units = (tokens if selected else len(plan.lens_q)) * hkv
     out, lse = _results(q)
     part, part_lse = out, lse
@@ -321,9 +347,9 @@ def _attend_step(
             plan.cu_seqlens_q, plan.seq_ids, plan.positions, table, q_token, q_head, table_row, k_page, k_head, v_page,
             v_head, tokens, heads, *call.factors, EACH=_each(plan), GROUP=group, KV_HEADS=hkv,
             SHARE=hkv // len(blocks) if selected else 1, TOPK=plan.topk, SELECTED=selected,
-            ROWS=pad(group if selected else group * plan.max_q), BLOCK=BLOCK, BN=step, D=DIM, SPAN=pad(span, 1),
+            ROWS=pad(group if selected else group * plan.max_q), BLOCK=BLOCK, BN=step, D=DIM, SPAN=pad(split.span, 1),
             K_SCALED=call.switches["K_SCALED"], V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"],
-            STAGES=tuning.attend_stages, **_launch(tuning.attend_warps, plan),
+            STAGES=split.stages, **_launch(TUNING.attend_warps, plan),
         )  # fmt: skip
         if parts > 1:
             kernels.combine_step[(tokens * heads,)](
@@ -377,7 +403,7 @@ def _attend_prompt(
         with on(device):
             triton_attend.unite_blocks[(n, index_heads)](
                 blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=UNITED, TOPK=plan.topk,
-                TOPK_PAD=plan.topk, num_warps=max(1, min(8, UNITED * plan.topk // 32)),
+                TOPK_PAD=plan.topk, num_warps=max(1, min(16, UNITED * plan.topk // TUNING.unite_lanes)),
             )  # fmt: skip
         lengths.masked_fill_(lengths > limit, -1)
         if limit > 0:
@@ -415,9 +441,10 @@ def _gather(
                 q.stride(0), q.stride(1), *call.strides[-4:], entries, chunks, lo, tokens, r, *call.factors,
                 GROUP=group, SHARE=share, TOPK=plan.topk, QUERIES=tuning.gather_rows // group,
                 CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
-                V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages, num_warps=4,
+                V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages,
+                num_warps=tuning.gather_warps,
             )  # fmt: skip
-            kernels.join_slots[((hi - lo) * group,)](
+            kernels.join_slots[(hi - lo,)](
                 part, unit, part_lse, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads,
                 GROUP=group, SHARE=share, TOPK=plan.topk, D=DIM, num_warps=1,
             )  # fmt: skip

@@ -18,28 +18,35 @@ from openm3.msa.triton_select import to_dot
 
 INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
+PASSING = tl.constexpr("evict_first")  # parts are more than the L2 holds, and would drive the queries out of it
 
 
 def by_page(pages: Tensor, pool: int, chunk: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """int32 [Hi, E] pages below `pool`, or `pool` for none -> in order, whence each came int64 [Hi, E], chunks.
 
-    A chunk is at most `chunk` entries of one page; where each begins is int64 [Hi, `most` + 1], E behind the last one.
+    A chunk is at most `chunk` entries of one page; where each begins is int32 [Hi, `most` + 1], E behind the last one.
     """
     heads, entries = pages.shape
-    head = torch.arange(heads, device=pages.device)[:, None]
-    # One long sort: each head's pages in a range of their own.
-    keys, order = (pages + (head * (pool + 1)).to(pages.dtype)).flatten().sort(stable=True)
-    keys = keys.view(heads, entries) - (head * (pool + 1)).to(pages.dtype)
-    order = order.view(heads, entries) - head * entries
-    nth = torch.arange(entries, device=keys.device).expand_as(keys)
-    fresh = torch.ones_like(keys, dtype=torch.bool)
-    fresh[:, 1:] = keys[:, 1:] != keys[:, :-1]
-    since = nth - torch.where(fresh, nth, 0).cummax(dim=1).values
-    begins = (since % chunk == 0) & (keys != pool)
-    slot = torch.where(begins, begins.cumsum(1) - 1, most)
-    starts = torch.full((len(keys), most + 1), entries, dtype=torch.int64, device=keys.device)
-    starts.scatter_(1, slot, torch.where(begins, nth, entries))
+    # One long row: each head's pages in a range of their own.
+    range_of = torch.arange(heads, dtype=torch.int32, device=pages.device)[:, None] * (pool + 1)
+    keys, order = (pages + range_of).flatten().sort(stable=True)
+    nth = torch.arange(len(keys), dtype=torch.int32, device=pages.device)
+    since = nth - torch.searchsorted(keys, keys, out_int32=True)  # the first of the page
+    keys = keys.view(heads, entries) - range_of
+    begins = (since % chunk == 0).view(heads, entries) & (keys != pool)
+    counted = begins.flatten().cumsum(0, dtype=torch.int32).view(heads, entries)
+    slot = counted - counted[:, :1] + begins[:, :1].int() - 1
+    starts = torch.full((heads, most + 1), entries, dtype=torch.int32, device=pages.device)
+    nth = nth[:entries].expand(heads, entries)
+    starts.scatter_(1, torch.where(begins, slot, most).long(), torch.where(begins, nth, entries))
+    order = order.view(heads, entries) - torch.arange(heads, device=order.device)[:, None] * entries
     return keys, order, starts
+
+
+@triton.jit
+def of_row(values, nth, at):
+    """values[at] of a short row, `at` a column."""
+    return tl.sum(tl.where(nth[None] == at[:, None], values[None], 0), 1)
 
 
 @triton.jit(do_not_specialize=["entries", "chunks", "lo", "tokens", "head0"])
@@ -63,8 +70,14 @@ def attend_gathered(
         nth = tl.arange(0, CHUNK)
         same = tl.load(keys_ptr + nth, mask=start + nth < entries, other=-1) == page
         count = tl.sum(same.to(tl.int32), 0)
+        # Whose turn it will be is read once, in the loop it would stand before the queries' own latency; and around the
+        # page's halves, each of which is waited for.
+        entry = tl.load(order_ptr + nth, mask=nth < count, other=0).to(tl.int32)
         k = tl.trans(to_dot(k_pages.load([page, r, 0, 0]).reshape([BLOCK, D]), DOT))
+        block = tl.load(blocks_ptr + entry, mask=nth < count, other=0)
+        position = tl.load(positions_ptr + lo + entry // TOPK, mask=nth < count, other=-1).to(tl.int32)
         v = to_dot(v_pages.load([page, r, 0, 0]).reshape([BLOCK, D]), DOT)
+        last = position - block * BLOCK
         if K_SCALED:
             score_mul *= tl.load(k_scale_ptr + page.to(tl.int64) * k_scale_page + r * k_scale_head)
         if V_SCALED:
@@ -76,23 +89,26 @@ def attend_gathered(
         for i in tl.range(0, count, QUERIES, num_stages=STAGES):
             at = i + rows // GROUP
             real = at < count
-            entry = tl.load(order_ptr + at, mask=real, other=0)
-            block = tl.load(blocks_ptr + entry, mask=real, other=0)
-            query = entry // TOPK
+            mine = of_row(entry, nth, at)
+            query = (mine // TOPK).to(tl.int64)
             q_at = q_ptr + (lo + query) * q_token + (r * GROUP + head) * q_head
-            q = tl.load(q_at[:, None] + d[None], mask=real[:, None], other=0.0)
-            last = tl.load(positions_ptr + lo + query, mask=real, other=-1).to(tl.int32) - block * BLOCK
-            scores = tl.where(key[None] <= last[:, None], tl.dot(q, k) * score_mul, -INF)
+            q = tl.load(q_at[:, None] + d[None], mask=real[:, None], other=0.0, eviction_policy="evict_last")
+            seen = key[None] <= of_row(last, nth, at)[:, None]
+            scores = tl.where(seen, tl.dot(q, k) * score_mul, -INF)
             top = tl.max(scores, 1)
             p = tl.exp2(scores - tl.where(top == -INF, 0.0, top)[:, None])
             total = tl.sum(p, 1)
             some = total > 0.0
             whole = tl.where(some, total, 1.0)
-            out = tl.dot(p.to(DOT), v) * (v_mul / whole)[:, None]
-            unit = (tl.max(tl.abs(out), 1).to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)
+            out = tl.dot(p.to(DOT), v)
+            share = v_mul / whole
+            peak = tl.max(tl.abs(out), 1) * tl.abs(share)
+            unit = (peak.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)
             unit = tl.where(unit > 0.0, unit, 1.0)
-            to = (query * GROUP + head) * TOPK + entry % TOPK
-            tl.store(part_ptr + to[:, None] * D + d[None], (out / unit[:, None]).to(tl.float16), mask=real[:, None])
+            to = (query * GROUP + head) * TOPK + mine % TOPK
+            out *= (share / unit)[:, None]
+            part_at = part_ptr + to[:, None] * D + d[None]
+            tl.store(part_at, out.to(tl.float16), mask=real[:, None], eviction_policy=PASSING)
             tl.store(unit_ptr + to, unit, mask=real)
             tl.store(part_lse_ptr + to, tl.where(some, (top + tl.log2(whole)) * LN2, -INF), mask=real)
 
@@ -102,22 +118,23 @@ def join_slots(
     part_ptr, unit_ptr, part_lse_ptr, out_ptr, lse_ptr, blocks_ptr, tile_ptr, length_ptr, lo, tokens, heads, r,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one query, if its tile was not attended to as one: its union's length is then negative."""
-    query = (tl.program_id(0) // GROUP).to(tl.int64)
-    head = tl.program_id(0) % GROUP
+    """One query's heads of a group, if its tile was not attended to as one: its union's length is then negative."""
+    query = tl.program_id(0).to(tl.int64)
     if tl.load(length_ptr + tl.load(tile_ptr + query) * HEADS + r // SHARE) < 0:
         slot = tl.arange(0, TOPK)
         d = tl.arange(0, D)
         real = tl.load(blocks_ptr + ((r // SHARE) * tokens + lo + query) * TOPK + slot) >= 0
-        at = (query * GROUP + head) * TOPK + slot
-        lse = tl.load(part_lse_ptr + at, mask=real, other=-INF)
-        x = tl.load(part_ptr + at[:, None] * D + d[None], mask=real[:, None], other=0.0).to(tl.float32)
-        top = tl.max(lse, 0)
-        safe = tl.where(top == -INF, 0.0, top)
-        weight = tl.exp(lse - safe)
-        total = tl.sum(weight, 0)
-        whole = tl.where(total > 0.0, total, 1.0)
-        weight *= tl.load(unit_ptr + at, mask=real, other=0.0)
-        to = (lo + query) * heads + r * GROUP + head
-        tl.store(out_ptr + to * D + d, (tl.sum(x * weight[:, None], 0) / whole).to(out_ptr.dtype.element_ty))
-        tl.store(lse_ptr + to, tl.where(total > 0.0, safe + tl.log(whole), -INF))
+        for head in range(0, GROUP):
+            at = (query * GROUP + head) * TOPK + slot
+            lse = tl.load(part_lse_ptr + at, mask=real, other=-INF)
+            x = tl.load(part_ptr + at[:, None] * D + d[None], mask=real[:, None], other=0.0, eviction_policy=PASSING)
+            top = tl.max(lse, 0)
+            safe = tl.where(top == -INF, 0.0, top)
+            weight = tl.exp(lse - safe)
+            total = tl.sum(weight, 0)
+            whole = tl.where(total > 0.0, total, 1.0)
+            weight *= tl.load(unit_ptr + at, mask=real, other=0.0)
+            out = tl.sum(x.to(tl.float32) * weight[:, None], 0) / whole
+            to = (lo + query) * heads + r * GROUP + head
+            tl.store(out_ptr + to * D + d, out.to(out_ptr.dtype.element_ty))
+            tl.store(lse_ptr + to, tl.where(total > 0.0, safe + tl.log(whole), -INF))

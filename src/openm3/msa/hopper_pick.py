@@ -14,6 +14,7 @@ from openm3.msa.triton_select import _place, _ranks
 INF = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-(2**31))  # below the rank of any score
 FORCED = tl.constexpr(2**31 - 2)
+BEYOND = tl.constexpr(2**30)  # above every block
 
 
 @triton.jit
@@ -36,16 +37,15 @@ def queries_of(cu_q_ptr, seq, EACH: tl.constexpr):
 
 @triton.jit
 def _choose(
-    row, position, blocks_ptr, values_ptr, BLOCK: tl.constexpr, TOPK: tl.constexpr, LOCAL: tl.constexpr,
+    row, lane, position, blocks_ptr, values_ptr, BLOCK: tl.constexpr, TOPK: tl.constexpr, LOCAL: tl.constexpr,
     INIT: tl.constexpr, CHUNK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """One row of at most CHUNK blocks: the TOPK best, ascending; ties to the lower one.
+    """Of CHUNK blocks of a row, `lane`, ascending: the TOPK best, ascending; ties to the lower one.
 
     The rank of the last block to be taken is found by bisection. It starts near: each of TOPK groups of blocks has one
     at least as good as the worst group's best, and none is better than the best of all.
     """
     seen = (position + BLOCK) // BLOCK
-    lane = tl.arange(0, CHUNK)
     rank = _ranks(row, lane, seen, LOCAL, INIT)
     low = tl.full([], LOWEST, tl.int32)
     if seen > TOPK:
@@ -70,20 +70,31 @@ def _choose(
 
 @triton.jit(do_not_specialize=["width", "tokens"])
 def pick_step(
-    scores_ptr, blocks_ptr, values_ptr, cu_q_ptr, positions_ptr, width, tokens, EACH: tl.constexpr,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, LOCAL: tl.constexpr,
-    INIT: tl.constexpr, CHUNK: tl.constexpr, VALUES: tl.constexpr, PDL: tl.constexpr,
+    scores_ptr, list_ptr, length_ptr, blocks_ptr, values_ptr, cu_q_ptr, positions_ptr, width, tokens,
+    EACH: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr,
+    LOCAL: tl.constexpr, INIT: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, VALUES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """A decode step's row: scores lie as [sequences, ROWS, width], a row is (query, index head)."""
+    """A decode step's row: scores lie as [sequences, ROWS, width], a row is (query, index head). With SHORT, only the
+    blocks of a list can be among the best, and one of at most SHORT of them is looked at alone."""
     enter(PDL)
     seq, r = tl.program_id(1), tl.program_id(0)
     first, count = queries_of(cu_q_ptr, seq, EACH)
     if r < count * HEADS:
         token = (first + r // HEADS).to(tl.int64)
-        at = ((r % HEADS).to(tl.int64) * tokens + token) * TOPK
-        row = scores_ptr + (seq * ROWS + r).to(tl.int64) * width
+        row, to = (seq * ROWS + r).to(tl.int64) * width, ((r % HEADS).to(tl.int64) * tokens + token) * TOPK
+        scores_ptr += row
+        blocks_ptr += to
+        values_ptr += to
         position = tl.load(positions_ptr + token).to(tl.int32)
-        _choose(row, position, blocks_ptr + at, values_ptr + at, BLOCK, TOPK, LOCAL, INIT, CHUNK, VALUES)
+        length = tl.load(length_ptr + seq * ROWS + r) if SHORT else width
+        if SHORT and length <= SHORT:
+            at = tl.arange(0, SHORT)
+            few = tl.load(list_ptr + row + at, mask=at < length, other=BEYOND)
+            _choose(scores_ptr, few, position, blocks_ptr, values_ptr, BLOCK, TOPK, LOCAL, INIT, SHORT, VALUES)
+        else:
+            lane = tl.arange(0, CHUNK)
+            _choose(scores_ptr, lane, position, blocks_ptr, values_ptr, BLOCK, TOPK, LOCAL, INIT, CHUNK, VALUES)
 
 
 @triton.jit(do_not_specialize=["tokens", "tile_start", "tile_rows"])
@@ -100,4 +111,5 @@ def pick_rows(
         at = ((r % HEADS).to(tl.int64) * tokens + token) * TOPK
         row = scores_ptr + tl.load(base_ptr + tile) + r.to(tl.int64) * tl.load(width_ptr + tile)
         position = tl.load(positions_ptr + token).to(tl.int32)
-        _choose(row, position, blocks_ptr + at, values_ptr + at, BLOCK, TOPK, LOCAL, INIT, CHUNK, VALUES)
+        lane = tl.arange(0, CHUNK)
+        _choose(row, lane, position, blocks_ptr + at, values_ptr + at, BLOCK, TOPK, LOCAL, INIT, CHUNK, VALUES)

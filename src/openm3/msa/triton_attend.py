@@ -81,12 +81,10 @@ def unite_blocks(
     at = (head.to(tl.int64) * tokens + token) * TOPK + lane % TOPK_PAD
     block = tl.load(blocks_ptr + at, mask=filled, other=-1)
     mine, other = tl.expand_dims(block, 1), tl.expand_dims(block, 0)
-    my_query, other_query = tl.expand_dims(query, 1), tl.expand_dims(query, 0)
     same = (mine == other) & (mine >= 0)
-    bits = tl.sum(same.to(tl.int32) << other_query, 1)
-    first = (block >= 0) & (tl.sum((same & (other_query < my_query)).to(tl.int32), 1) == 0)
-    other_first = (block >= 0) & (tl.sum((same & (my_query < other_query)).to(tl.int32), 0) == 0)
-    rank = tl.sum((tl.expand_dims(other_first, 0) & (other < mine)).to(tl.int32), 1)
+    bits = tl.sum(same.to(tl.int32) << tl.expand_dims(query, 0), 1)  # a query selects a block once
+    first = (block >= 0) & ((bits & ((1 << query) - 1)) == 0)
+    rank = tl.sum((tl.expand_dims(first, 0) & (other < mine)).to(tl.int32), 1)
     row = tl.program_id(0) * tl.num_programs(1) + head
     tl.store(list_ptr + row * WIDTH + rank, block * 256 + bits, mask=first)
     tl.store(length_ptr + row, tl.sum(first.to(tl.int32), 0))
