@@ -9,6 +9,7 @@ step had not been, at worst to be computed again: whoever asked for it cancels i
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -44,6 +45,7 @@ class Engine:
     guides: makes the guide of a request with a grammar or a thinking budget.
     token_delay: about how many seconds a running answer waits at most for the prompts computed, and the pictures
     encoded, beside it (longer for a single picture that takes longer).
+    text_behind: a token becomes text while the device computes the next step, which is worth it on a GPU.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class Engine:
         max_batch_tokens: int = 2048,
         guides: Callable[[Request], Guide | None] | None = None,
         token_delay: float = TOKEN_DELAY,
+        text_behind: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(PagePool(num_pages), page_size, max_batch_tokens=max_batch_tokens)
-        self.token_delay = token_delay
+        self.token_delay, self.text_behind = token_delay, text_behind
+        self._untold: deque[tuple[Request, int]] = deque()  # tokens that are not text yet
         self._guides, self._clock = guides, clock
         self._prompt_seconds: float | None = None  # that a token of a prompt takes
         self._patch_seconds: float | None = None  # that a patch of a picture takes
@@ -73,17 +77,20 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends a request and frees its pages; nothing happens if it has ended already."""
+        self._tell()
         with self._bookkeeping():
             self._finish(request, "cancelled")
 
     def step(self) -> bool:
         """Computes one batch and gives each of its answers a token. False if there was nothing to do."""
         with self._bookkeeping():
-            for request in self.scheduler.expired(self._clock()):
+            if late := self.scheduler.expired(self._clock()):
+                self._tell()
+            for request in late:
                 self._finish(request, "deadline")
             batch = self.scheduler.schedule(self._memory_limit, *self._beside_answers())
         if batch is None:
-            return False
+            return self._tell()
         begun = self._clock()
         self._compute(batch)
         self._good_steps += 1
@@ -117,6 +124,7 @@ class Engine:
     def _compute(self, batch: ScheduledBatch) -> None:
         try:
             logits = self.runner.run(batch)
+            self._tell()
             with one_thread(logits.device.type == "cpu" and logits.numel() <= ONE_THREAD_LOGITS):
                 failed, raw = self._adjust(batch.sampling, logits)
                 tokens, records = self._sample(batch.sampling, logits, raw)
@@ -195,23 +203,40 @@ class Engine:
         self, batch: ScheduledBatch, tokens: list[int], records: dict[Request, TokenLogprobs],
         failed: dict[Request, Exception],
     ) -> None:  # fmt: skip
-        new = {r: token for r, token in zip(batch.sampling, tokens) if r not in failed}
         with self._bookkeeping():
             for request, error in failed.items():
                 self._fail(request, error)
-            batch = ScheduledBatch([chunk for chunk in batch.chunks if chunk.request not in failed])
+            # Some ended by this, others as the tokens before these became text.
+            new = {r: token for r, token in zip(batch.sampling, tokens) if r.state is State.RUNNING}
+            batch = ScheduledBatch([chunk for chunk in batch.chunks if chunk.request.state is State.RUNNING])
             for request in records.keys() & new.keys():
                 request.logprobs[request.generated :] = [records[request]]
             self.scheduler.advance(batch, list(new.values()))
-            for request, token in new.items():
+            self._untold.extend(new.items())
+        if not self.text_behind:
+            self._tell()
+            return
+        for request, token in new.items():
+            if request.generated >= request.max_tokens or self._ends(request, token):
+                self._tell()  # so that nothing is computed for an answer that has its last token
+                break
+
+    def _tell(self) -> bool:
+        """Makes text of the tokens that wait for it. False if none did."""
+        some = bool(self._untold)
+        while self._untold:
+            with self._bookkeeping():
+                request, token = self._untold.popleft()
                 try:
-                    self._deliver(request, token)
+                    if request.state is not State.FINISHED:
+                        self._deliver(request, token)
                 except Exception as error:
                     self._fail(request, error)
+        return some
 
     def _deliver(self, request: Request, token: int) -> None:
         """Adds a token to its request's text, and ends the request if that was its last."""
-        if token in request.eos_ids or token in request.params.stop_token_ids:
+        if self._ends(request, token):
             request.output.finish()
             self._finish(request, "stop")
         elif request.output.push(token):
@@ -221,6 +246,10 @@ class Engine:
             self._finish(request, "stop")
         elif request.generated >= request.max_tokens:
             self._finish(request, "stop" if request.output.finish() else "length")
+
+    @staticmethod
+    def _ends(request: Request, token: int) -> bool:
+        return token in request.eos_ids or token in request.params.stop_token_ids
 
     def _fail(self, request: Request, error: Exception) -> None:
         request.error = error

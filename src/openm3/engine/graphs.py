@@ -19,14 +19,20 @@ from openm3.model import KVCache
 from openm3.msa import Plan
 from openm3.msa.plan import to_device
 
+NOTHING: tuple[list[int], int] = ([], 0)  # the row of nobody
+
 
 @dataclass(frozen=True)
 class _Step:
-    """ids int64 [b], the plan's positions int64 [b] and page_table int32 [b, w] are read by `run`: float32 [b, V]."""
+    """ids int64 [b], the plan's positions int64 [b] and page_table int32 [b, w] are read by `run`: float32 [b, V].
+
+    rows: the list of pages, which only ever grows, and how much of it each row of the table holds.
+    """
 
     ids: Tensor
     plan: Plan
     run: Callable[[], Tensor]
+    rows: list[tuple[list[int], int]]
 
 
 class DecodeGraphs:
@@ -48,24 +54,33 @@ class DecodeGraphs:
         Read them before the next step: they lie in the graph's own memory.
         """
         block = self.plan_args["block_size"]
-        used = [row[: -(-n // block)] for row, n in zip(pages, lens)]
-        batch, width = _rounded(len(ids)), _rounded(max(map(len, used)))
+        rows = [(row, -(-n // block)) for row, n in zip(pages, lens)]
+        batch, width = _rounded(len(ids)), _rounded(max(used for _, used in rows))
         step = self.steps.get((batch, width))
         if step is None:
             step = self.steps[batch, width] = self._make(batch, width)
         idle = batch - len(ids)
-        table = [row + [self.spare] * (width - len(row)) for row in used] + [[self.spare] * width] * idle
+        self._update(step, rows + [NOTHING] * idle, width)
         _write(step.ids, ids + [0] * idle)
         _write(step.plan.positions, [n - 1 for n in lens] + [0] * idle)
-        _write(step.plan.page_table, table)
         return step.run()[: len(ids)]
+
+    def _update(self, step: _Step, rows: list[tuple[list[int], int]], width: int) -> None:
+        """Writes the rows of the table that are not what they were: few, from one step to the next."""
+        new = [i for i, (a, b) in enumerate(zip(rows, step.rows)) if a[0] is not b[0] or a[1] != b[1]]
+        if new:
+            table = [rows[i][0][: rows[i][1]] + [self.spare] * (width - rows[i][1]) for i in new]
+            step.plan.page_table[to_device(torch.tensor(new), self.device)] = to_device(
+                torch.tensor(table, dtype=torch.int32), self.device
+            )
+            step.rows[:] = rows
 
     def _make(self, batch: int, width: int) -> _Step:
         ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
         table = torch.full((batch, width), self.spare, dtype=torch.int32, device=self.device)
         lens = [width * self.plan_args["block_size"]] * batch
         plan = Plan.paged(table, lens, range(batch + 1), **self.plan_args)
-        return _Step(ids, plan, self._captured(lambda: self.forward(ids, plan)))
+        return _Step(ids, plan, self._captured(lambda: self.forward(ids, plan)), [NOTHING] * batch)
 
     def _captured(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         if self.device.type != "cuda":

@@ -98,7 +98,12 @@ class LLM:
         runner = Runner(model, pages, decode_graphs=decode_graphs)
         self.guides = Guides(processor.tokenizer, self.eos_ids)
         self.engine = Engine(
-            runner, num_pages=pages, page_size=page_size, max_batch_tokens=max_batch_tokens, guides=self.guides.guide
+            runner,
+            num_pages=pages,
+            page_size=page_size,
+            max_batch_tokens=max_batch_tokens,
+            guides=self.guides.guide,
+            text_behind=weight.is_cuda,
         )
 
     @property

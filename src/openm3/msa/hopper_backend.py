@@ -48,7 +48,7 @@ class Tuning:
     score_waves: int = 2  # programs a multiprocessor
     narrow_waves: int = 3  # of a scan of fp8 keys
     pick_chunk: int = 128  # blocks a warp
-    scan_blocks: int = 128  # a row of a decode step, from which on an fp8 scan is less to read than the exact keys
+    scan_blocks: int = 512  # a row of a decode step, from which on an fp8 scan is less to read than the exact keys
     attend_keys: int = 64  # keys a step
     attend_stages: int = 3
     attend_waves: int = 2
