@@ -51,8 +51,11 @@ class Letters:
         return ""
 
 
-def make_engine(fail=None, pages=8) -> Engine:
-    return Engine(FakeRunner(fail), num_pages=pages, page_size=4, max_batch_tokens=6)
+def make_engine(fail=None, pages=8, behind=False) -> Engine:
+    return Engine(FakeRunner(fail), num_pages=pages, page_size=4, max_batch_tokens=6, text_behind=behind)
+
+
+at_once_and_behind = pytest.mark.parametrize("behind", [False, True], ids=["text at once", "text behind"])
 
 
 def make_request(prompt, max_tokens, eos=(), stop=()) -> Request:
@@ -64,10 +67,11 @@ def run(engine: Engine) -> None:
         pass
 
 
-def test_an_answer_ends_at_eos_which_is_no_text():
+@at_once_and_behind
+def test_an_answer_ends_at_eos_which_is_no_text(behind):
     tokens = answer([1, 2], 10)
     at = next(i for i in range(3, 10) if tokens[i] not in tokens[:i])
-    engine, request = make_engine(), make_request([1, 2], 20, eos=[tokens[at]])
+    engine, request = make_engine(behind=behind), make_request([1, 2], 20, eos=[tokens[at]])
     engine.add(request)
     run(engine)
     assert request.finish_reason == "stop"
@@ -75,17 +79,19 @@ def test_an_answer_ends_at_eos_which_is_no_text():
     assert request.output.take() == "".join(chr(ord("0") + t) for t in tokens[:at])
 
 
-def test_an_answer_ends_at_max_tokens_with_all_its_text():
-    engine, request = make_engine(), make_request([1, 2], 7, stop=("never",))
+@at_once_and_behind
+def test_an_answer_ends_at_max_tokens_with_all_its_text(behind):
+    engine, request = make_engine(behind=behind), make_request([1, 2], 7, stop=("never",))
     engine.add(request)
     run(engine)
     assert request.finish_reason == "length"
     assert len(request.output.take()) == request.generated == 7
 
 
-def test_an_answer_ends_before_its_stop_string():
+@at_once_and_behind
+def test_an_answer_ends_before_its_stop_string(behind):
     text = "".join(chr(ord("0") + t) for t in answer([1, 2], 10))
-    engine, request = make_engine(), make_request([1, 2], 20, stop=(text[4:7],))
+    engine, request = make_engine(behind=behind), make_request([1, 2], 20, stop=(text[4:7],))
     engine.add(request)
     run(engine)
     assert request.finish_reason == "stop"
@@ -93,8 +99,30 @@ def test_an_answer_ends_before_its_stop_string():
     assert engine.scheduler.pool.free == 8
 
 
-def test_an_interrupt_inside_the_model_costs_nothing_but_the_step():
-    engine = make_engine(fail={3: KeyboardInterrupt()})
+def test_a_token_becomes_text_while_the_next_step_runs():
+    engine, request = make_engine(behind=True), make_request([1, 2], 4)
+    engine.add(request)
+    text = []
+    for _ in range(4):
+        engine.step()
+        text.append((request.generated, len(request.output.take())))
+    assert text == [(1, 0), (2, 1), (3, 1), (4, 2)]  # the last one at once: nothing is computed after it
+    assert request.finish_reason == "length"
+    assert not engine.step()
+
+
+def test_a_cancelled_answer_has_the_text_of_all_its_tokens():
+    engine, request = make_engine(behind=True), make_request([1, 2], 9)
+    engine.add(request)
+    for _ in range(3):
+        engine.step()
+    engine.cancel(request)
+    assert len(request.output.take()) == request.generated == 3
+
+
+@at_once_and_behind
+def test_an_interrupt_inside_the_model_costs_nothing_but_the_step(behind):
+    engine = make_engine(fail={3: KeyboardInterrupt()}, behind=behind)
     requests = [make_request([i, 1], 6) for i in range(3)]
     for request in requests:
         engine.add(request)
@@ -107,8 +135,9 @@ def test_an_interrupt_inside_the_model_costs_nothing_but_the_step():
     assert engine.scheduler.pool.free == 8
 
 
-def test_an_error_that_does_not_come_again_costs_nobody_anything():
-    engine = make_engine(fail={3: RuntimeError("odd")})
+@at_once_and_behind
+def test_an_error_that_does_not_come_again_costs_nobody_anything(behind):
+    engine = make_engine(fail={3: RuntimeError("odd")}, behind=behind)
     requests = [make_request([i, 1], 6) for i in range(3)]
     for request in requests:
         engine.add(request)
@@ -377,11 +406,12 @@ class Unreliable(FakeRunner):
 class AnyOrder(RuleBasedStateMachine):
     """Arrivals, cancels, deadlines, errors, interrupts and shortages of memory in any order."""
 
-    @initialize(pages=st.integers(3, 12), budget=st.integers(2, 12))
-    def start(self, pages, budget):
+    @initialize(pages=st.integers(3, 12), budget=st.integers(2, 12), behind=st.booleans())
+    def start(self, pages, budget, behind):
         self.now = 0.0
         self.runner = Unreliable()
-        self.engine = Engine(self.runner, num_pages=pages, page_size=4, max_batch_tokens=budget, clock=lambda: self.now)
+        self.engine = Engine(self.runner, num_pages=pages, page_size=4, max_batch_tokens=budget, text_behind=behind,
+                             clock=lambda: self.now)  # fmt: skip
         self.requests: list[Request] = []
 
     @rule(first=st.integers(0, 5), length=st.integers(1, 9), n=st.integers(1, 8), priority=st.integers(0, 1),
