@@ -41,7 +41,7 @@ def work(running: Running, folder: Path, seed: int, **more: Any) -> dict[str, An
     model = get_model(config=CONFIG["model"] | {"model_kwargs": CONFIG["model"]["model_kwargs"] | options})
     environment = get_environment(CONFIG["environment"] | {"cwd": str(folder)}, default_type="local")
     agent = get_agent(model, environment, CONFIG["agent"], default_type="default")
-    end = agent.run(f"Call bash with command: cat {file}. What is the {field}?")
+    end = agent.run(f"Please execute a bash command, with command = cat {file}. What is the {field}?")
     notes = [message.get("extra", {}) for message in agent.messages]
     ran = [action["command"] for note in notes for action in note.get("actions", ())]
     replies = [note["response"]["choices"][0]["message"]["content"] for note in notes if note.get("interrupt_type")]
