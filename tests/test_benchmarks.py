@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import m3_slice
 import msa_attention
 import msa_sides
+import msa_training
 import plot_msa
 from msa_attention import Bench, DeviceLost, Settings
 from msa_sides import Geometry, make_case
@@ -297,3 +298,22 @@ def test_the_server_benchmark_measures_a_server_and_draws(tmp_path, monkeypatch)
         assert row["tokens_per_second"] > 0
         assert row["inter_token_ms"]["median"] <= row["inter_token_ms"]["p99"]
     assert path.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_training_is_measured_on_selections_as_a_layer_makes_them(tmp_path, monkeypatch):
+    blocks = msa_training.random_blocks(TINY, 100, torch.Generator().manual_seed(0))
+    assert blocks.shape == (2, 100, 4)
+    for row, chosen in enumerate(blocks[0].tolist()):
+        wanted = [b for b in chosen if b >= 0]
+        assert len(wanted) == min(4, row // 16 + 1)
+        assert wanted == sorted(set(wanted))
+        assert wanted[-1] == row // 16
+        assert chosen[len(wanted) :] == [-1] * (4 - len(wanted))
+    monkeypatch.setattr(msa_training, "GEOMETRIES", {"tiny": TINY})
+    output = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", f"msa_training.py --device cpu --lengths 64 --output {output}".split())
+    msa_training.main()
+    found = {row["side"]: row for row in json.loads(output.read_text())["rows"]}
+    assert found.keys() == {"dense, PyTorch", *(f"{k}, {b}" for k in ("sparse", "dense") for b in ("triton", "torch"))}
+    assert min(found["sparse, torch"]["both_ms"], found["sparse, torch"]["forward_ms"]) > 0
+    assert "it needs a GPU" in found["sparse, triton"]["error"]

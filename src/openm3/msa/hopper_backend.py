@@ -63,8 +63,6 @@ class Tuning:
     gather_rows: int = 64  # query heads that pass a page at a time
     gather_chunk: int = 32  # queries of one program
     gather_stages: int = 2
-    gather_warps: int = 4
-    unite_lanes: int = 32  # entries a warp compares with all others
     programmatic: bool = True  # the next kernel is set up while one still runs
 
 
@@ -403,7 +401,7 @@ def _attend_prompt(
         with on(device):
             triton_attend.unite_blocks[(n, index_heads)](
                 blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=UNITED, TOPK=plan.topk,
-                TOPK_PAD=plan.topk, num_warps=max(1, min(16, UNITED * plan.topk // TUNING.unite_lanes)),
+                TOPK_PAD=plan.topk, num_warps=max(1, min(8, UNITED * plan.topk // 32)),
             )  # fmt: skip
         lengths.masked_fill_(lengths > limit, -1)
         if limit > 0:
@@ -441,8 +439,7 @@ def _gather(
                 q.stride(0), q.stride(1), *call.strides[-4:], entries, chunks, lo, tokens, r, *call.factors,
                 GROUP=group, SHARE=share, TOPK=plan.topk, QUERIES=tuning.gather_rows // group,
                 CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
-                V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages,
-                num_warps=tuning.gather_warps,
+                V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages, num_warps=4,
             )  # fmt: skip
             kernels.join_slots[(hi - lo,)](
                 part, unit, part_lse, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads,
