@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,25 @@ def test_any_batch_of_answers_gets_the_logits_of_the_plain_runner(model, seed):
     batches, widths = zip(*graphs.graphs.steps)
     assert set(batches) <= {1, 2, 4, 8}
     assert set(widths) <= {1, 2, 4, 8}
+
+
+def test_an_answer_at_the_end_of_the_context_has_no_more_pages_than_that(model):
+    context = 200  # 13 pages: rounded up they would be 16
+    short = copy.copy(model)
+    short.config = replace(model.config, text=replace(model.config.text, max_position_embeddings=context))
+    made = Request(prompt(1), WARM, max_tokens=context)
+    made.token_ids += [5] * (context - 1)
+    made.pages = list(range(-(-context // PAGE)))
+    batch = ScheduledBatch([Chunk(made, context - 1, context, samples=True)])
+    runners = [Runner(short, len(made.pages), decode_graphs=graphs) for graphs in (False, True)]
+    for runner in runners:
+        for layer in runner.cache.layers:
+            for x in (layer.k, layer.v, layer.index_k):
+                if x is not None:
+                    x.zero_()
+    plain, graphs = (runner.run(batch) for runner in runners)
+    assert (graphs - plain).nan_to_num(0.0).abs().max() <= 1e-5
+    assert list(runners[1].graphs.steps) == [(1, len(made.pages))]
 
 
 def test_idle_rows_write_nobodys_page(model):

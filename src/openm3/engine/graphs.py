@@ -1,7 +1,7 @@
 """Decode steps through CUDA graphs: one launch where a step would be hundreds, over buffers that stay where they are.
 
 A graph is captured when a step first needs its size: so many sequences of at most so many pages, both rounded up to a
-power of two. Its plan is that of full sequences; the true positions and pages are written into its tensors before each
+power of two, pages at most to the model's context. Its plan is that of full sequences; the true positions and pages are written into its tensors before each
 replay, which attention follows. Rows behind the step's own decode one token into a page that belongs to nobody.
 
 Without a GPU the same steps run uncaptured. Half precision only: its grouped products never wait for the device.
@@ -38,11 +38,13 @@ class _Step:
 class DecodeGraphs:
     """forward: (ids [b], plan) -> float32 logits [b, V], always the same work for the same sizes.
 
-    cache: its last page must be nobody's; plan_args: the selection's sizes.
+    cache: its last page must be nobody's; plan_args: the selection's sizes; context: the longest sequence.
     """
 
-    def __init__(self, forward: Callable[[Tensor, Plan], Tensor], cache: KVCache, plan_args: dict[str, int]) -> None:
-        self.forward, self.plan_args = forward, plan_args
+    def __init__(
+        self, forward: Callable[[Tensor, Plan], Tensor], cache: KVCache, plan_args: dict[str, int], context: int
+    ) -> None:
+        self.forward, self.plan_args, self.context = forward, plan_args, context
         self.spare = cache.num_pages - 1
         self.device = cache.layers[0].k.device
         self.steps: dict[tuple[int, int], _Step] = {}
@@ -55,7 +57,7 @@ class DecodeGraphs:
         """
         block = self.plan_args["block_size"]
         rows = [(row, -(-n // block)) for row, n in zip(pages, lens)]
-        batch, width = _rounded(len(ids)), _rounded(max(used for _, used in rows))
+        batch, width = _rounded(len(ids)), min(_rounded(max(used for _, used in rows)), -(-self.context // block))
         step = self.steps.get((batch, width))
         if step is None:
             step = self.steps[batch, width] = self._make(batch, width)
@@ -78,7 +80,7 @@ class DecodeGraphs:
     def _make(self, batch: int, width: int) -> _Step:
         ids = torch.zeros(batch, dtype=torch.int64, device=self.device)
         table = torch.full((batch, width), self.spare, dtype=torch.int32, device=self.device)
-        lens = [width * self.plan_args["block_size"]] * batch
+        lens = [min(width * self.plan_args["block_size"], self.context)] * batch
         plan = Plan.paged(table, lens, range(batch + 1), **self.plan_args)
         return _Step(ids, plan, self._captured(lambda: self.forward(ids, plan)), [NOTHING] * batch)
 

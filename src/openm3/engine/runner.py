@@ -79,7 +79,8 @@ class Runner:
         # The model reads these tokens, it does not write them: they stand for embeddings it would not have.
         unwritable = [t for t in (model.config.image_token_id, model.config.video_token_id) if t is not None]
         self._unwritable = torch.tensor(unwritable, dtype=torch.int64, device=weight.device)
-        self.graphs = DecodeGraphs(self._decode, self.cache, self._plan_args) if decode_graphs else None
+        context = model.config.text.max_position_embeddings
+        self.graphs = DecodeGraphs(self._decode, self.cache, self._plan_args, context) if decode_graphs else None
         self._table = torch.empty(0, 0, dtype=torch.int32)
         self._table_of: list[tuple[list[int], int]] = []  # the page lists in the table, and how much of each
 
