@@ -35,11 +35,13 @@ class FakeRunner:
     def __init__(self, fail: dict[int, BaseException] | None = None) -> None:
         self.calls, self.fail = 0, fail or {}
 
-    def run(self, batch):
+    def run(self, batch, tokens=None):
         self.calls += 1
         if self.calls in self.fail:
             raise self.fail[self.calls]
-        chosen = [next_token(request.token_ids) for request in batch.sampling]
+        assert all(len(chunk.request.pages) * 4 >= chunk.end for chunk in batch.chunks)
+        newest = [[]] * len(batch.sampling) if tokens is None else [[token] for token in tokens.tolist()]
+        chosen = [next_token(request.token_ids + new) for request, new in zip(batch.sampling, newest, strict=True)]
         return torch.nn.functional.one_hot(torch.tensor(chosen, dtype=torch.int64), VOCAB).float()
 
 
@@ -51,11 +53,11 @@ class Letters:
         return ""
 
 
-def make_engine(fail=None, pages=8, behind=False) -> Engine:
-    return Engine(FakeRunner(fail), num_pages=pages, page_size=4, max_batch_tokens=6, text_behind=behind)
+def make_engine(fail=None, pages=8, ahead=False) -> Engine:
+    return Engine(FakeRunner(fail), num_pages=pages, page_size=4, max_batch_tokens=6, ahead=ahead)
 
 
-at_once_and_behind = pytest.mark.parametrize("behind", [False, True], ids=["text at once", "text behind"])
+each_way = pytest.mark.parametrize("ahead", [False, True], ids=["a step at a time", "a step ahead"])
 
 
 def make_request(prompt, max_tokens, eos=(), stop=()) -> Request:
@@ -67,11 +69,11 @@ def run(engine: Engine) -> None:
         pass
 
 
-@at_once_and_behind
-def test_an_answer_ends_at_eos_which_is_no_text(behind):
+@each_way
+def test_an_answer_ends_at_eos_which_is_no_text(ahead):
     tokens = answer([1, 2], 10)
     at = next(i for i in range(3, 10) if tokens[i] not in tokens[:i])
-    engine, request = make_engine(behind=behind), make_request([1, 2], 20, eos=[tokens[at]])
+    engine, request = make_engine(ahead=ahead), make_request([1, 2], 20, eos=[tokens[at]])
     engine.add(request)
     run(engine)
     assert request.finish_reason == "stop"
@@ -79,19 +81,19 @@ def test_an_answer_ends_at_eos_which_is_no_text(behind):
     assert request.output.take() == "".join(chr(ord("0") + t) for t in tokens[:at])
 
 
-@at_once_and_behind
-def test_an_answer_ends_at_max_tokens_with_all_its_text(behind):
-    engine, request = make_engine(behind=behind), make_request([1, 2], 7, stop=("never",))
+@each_way
+def test_an_answer_ends_at_max_tokens_with_all_its_text(ahead):
+    engine, request = make_engine(ahead=ahead), make_request([1, 2], 7, stop=("never",))
     engine.add(request)
     run(engine)
     assert request.finish_reason == "length"
     assert len(request.output.take()) == request.generated == 7
 
 
-@at_once_and_behind
-def test_an_answer_ends_before_its_stop_string(behind):
+@each_way
+def test_an_answer_ends_before_its_stop_string(ahead):
     text = "".join(chr(ord("0") + t) for t in answer([1, 2], 10))
-    engine, request = make_engine(behind=behind), make_request([1, 2], 20, stop=(text[4:7],))
+    engine, request = make_engine(ahead=ahead), make_request([1, 2], 20, stop=(text[4:7],))
     engine.add(request)
     run(engine)
     assert request.finish_reason == "stop"
@@ -99,30 +101,66 @@ def test_an_answer_ends_before_its_stop_string(behind):
     assert engine.scheduler.pool.free == 8
 
 
+def shown(request) -> str:
+    return "".join(request.output.ready)
+
+
+class Seeing(FakeRunner):
+    """Notes what each call computes, and how much of it the answers' texts show by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def run(self, batch, tokens=None):
+        self.seen.append([(c.request.seed, c.start, c.end, len(shown(c.request))) for c in batch.chunks])
+        return super().run(batch, tokens)
+
+
 def test_a_token_becomes_text_while_the_next_step_runs():
-    engine, request = make_engine(behind=True), make_request([1, 2], 4)
+    engine, request = make_engine(ahead=True), make_request([1, 2], 4)
+    engine.runner = Seeing()
     engine.add(request)
-    text = []
-    for _ in range(4):
-        engine.step()
-        text.append((request.generated, len(request.output.take())))
-    assert text == [(1, 0), (2, 1), (3, 1), (4, 2)]  # the last one at once: nothing is computed after it
-    assert request.finish_reason == "length"
+    for n in range(1, 5):
+        assert engine.step()
+        assert request.generated == len(shown(request)) == n
+    # Each step but the first began before the one before was text, and none after the last token.
+    assert engine.runner.seen == [[(0, 0, 2, 0)], [(0, 2, 3, 0)], [(0, 3, 4, 1)], [(0, 4, 5, 2)]]
+    assert request.output_ids == answer([1, 2], 4)
     assert not engine.step()
 
 
-def test_a_cancelled_answer_has_the_text_of_all_its_tokens():
-    engine, request = make_engine(behind=True), make_request([1, 2], 9)
-    engine.add(request)
-    for _ in range(3):
-        engine.step()
-    engine.cancel(request)
-    assert len(request.output.take()) == request.generated == 3
+def test_who_ended_is_left_out_of_the_step_ahead_and_who_comes_is_in_the_next():
+    engine, (one, two, late) = make_engine(ahead=True), [make_request([i, 1], 6) for i in range(3)]
+    for request in (one, two):
+        engine.add(request)
+    engine.step()
+    engine.step()
+    engine.cancel(one)
+    engine.add(late)
+    engine.step()
+    assert [r.generated for r in (one, two, late)] == [2, 3, 0]  # it had begun without the late one
+    run(engine)
+    assert one.output_ids == answer([0, 1], 6)[:2]
+    assert two.output_ids == answer([1, 1], 6)
+    assert late.output_ids == answer([2, 1], 6)
+    assert engine.scheduler.pool.free == 8
 
 
-@at_once_and_behind
-def test_an_interrupt_inside_the_model_costs_nothing_but_the_step(behind):
-    engine = make_engine(fail={3: KeyboardInterrupt()}, behind=behind)
+def test_a_step_ahead_takes_no_page_from_anyone():
+    engine, requests = make_engine(ahead=True, pages=3), [make_request([i, 1, 2], 6) for i in range(2)]
+    for request in requests:
+        engine.add(request)
+    run(engine)  # nine tokens each want three pages each
+    for i, request in enumerate(requests):
+        assert request.output_ids == answer([i, 1, 2], 6)
+    assert engine.scheduler.preemptions > 0
+    assert engine.scheduler.pool.free == 3
+
+
+@each_way
+def test_an_interrupt_inside_the_model_costs_nothing_but_the_step(ahead):
+    engine = make_engine(fail={3: KeyboardInterrupt()}, ahead=ahead)
     requests = [make_request([i, 1], 6) for i in range(3)]
     for request in requests:
         engine.add(request)
@@ -135,9 +173,9 @@ def test_an_interrupt_inside_the_model_costs_nothing_but_the_step(behind):
     assert engine.scheduler.pool.free == 8
 
 
-@at_once_and_behind
-def test_an_error_that_does_not_come_again_costs_nobody_anything(behind):
-    engine = make_engine(fail={3: RuntimeError("odd")}, behind=behind)
+@each_way
+def test_an_error_that_does_not_come_again_costs_nobody_anything(ahead):
+    engine = make_engine(fail={3: RuntimeError("odd")}, ahead=ahead)
     requests = [make_request([i, 1], 6) for i in range(3)]
     for request in requests:
         engine.add(request)
@@ -152,10 +190,10 @@ class Poisoned(FakeRunner):
         super().__init__()
         self.bad = bad
 
-    def run(self, batch):
+    def run(self, batch, tokens=None):
         if any(c.request.prompt_ids[0] in self.bad and c.end > 2 for c in batch.chunks):
             raise RuntimeError("poisoned")
-        return super().run(batch)
+        return super().run(batch, tokens)
 
 
 @given(st.sets(st.integers(0, 6), max_size=7), st.integers(4, 40))
@@ -182,11 +220,11 @@ class Small(FakeRunner):
         super().__init__()
         self.most, self.refused = most, 0
 
-    def run(self, batch):
+    def run(self, batch, tokens=None):
         if batch.tokens > self.most:
             self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().run(batch)
+        return super().run(batch, tokens)
 
 
 def test_out_of_memory_is_tried_again_smaller_and_remembered_for_a_while(monkeypatch):
@@ -240,8 +278,8 @@ def test_an_error_in_a_request_s_text_fails_that_request_alone():
 
 
 class NotNumbers(FakeRunner):
-    def run(self, batch):
-        logits = super().run(batch)
+    def run(self, batch, tokens=None):
+        logits = super().run(batch, tokens)
         logits[[r.prompt_ids[0] == 3 for r in batch.sampling]] = float("nan")
         return logits
 
@@ -304,12 +342,12 @@ class Timed(FakeRunner):
         super().__init__()
         self.now = now
 
-    def run(self, batch):
+    def run(self, batch, tokens=None):
         self.now[0] += 0.001 * batch.tokens + 0.002 * batch.patches
         for chunk in batch.chunks:
             if chunk.request.media:
                 chunk.request.media.encoded.update(chunk.request.media.missing(chunk.start, chunk.end))
-        return super().run(batch)
+        return super().run(batch, tokens)
 
 
 def one_stream():
@@ -392,7 +430,7 @@ class Unreliable(FakeRunner):
         self.bad: set[int] = set()
         self.most = 99
 
-    def run(self, batch):
+    def run(self, batch, tokens=None):
         error, self.next = self.next, None
         if error is not None:
             raise error
@@ -400,17 +438,17 @@ class Unreliable(FakeRunner):
             raise ValueError("bad")
         if batch.tokens > self.most:
             raise RuntimeError("can't allocate memory")
-        return super().run(batch)
+        return super().run(batch, tokens)
 
 
 class AnyOrder(RuleBasedStateMachine):
     """Arrivals, cancels, deadlines, errors, interrupts and shortages of memory in any order."""
 
-    @initialize(pages=st.integers(3, 12), budget=st.integers(2, 12), behind=st.booleans())
-    def start(self, pages, budget, behind):
+    @initialize(pages=st.integers(3, 12), budget=st.integers(2, 12), ahead=st.booleans())
+    def start(self, pages, budget, ahead):
         self.now = 0.0
         self.runner = Unreliable()
-        self.engine = Engine(self.runner, num_pages=pages, page_size=4, max_batch_tokens=budget, text_behind=behind,
+        self.engine = Engine(self.runner, num_pages=pages, page_size=4, max_batch_tokens=budget, ahead=ahead,
                              clock=lambda: self.now)  # fmt: skip
         self.requests: list[Request] = []
 
@@ -483,9 +521,9 @@ def interrupt_at(line: int):
 
 
 @settings(deadline=None, max_examples=200)
-@given(line=st.integers(1, 900), cancels=st.booleans())
-def test_pages_come_back_from_an_interrupt_at_any_line(line, cancels):
-    engine = make_engine(pages=5)
+@given(line=st.integers(1, 900), cancels=st.booleans(), ahead=st.booleans())
+def test_pages_come_back_from_an_interrupt_at_any_line(line, cancels, ahead):
+    engine = make_engine(pages=5, ahead=ahead)
     requests = [make_request([i, 1, 2], 8) for i in range(3)]
     for request in requests:
         engine.add(request)

@@ -93,20 +93,43 @@ def test_idle_rows_write_nobodys_page(model):
         assert set(changed.nonzero().flatten().tolist()) == written
 
 
-def test_answers_are_the_same_with_prompts_that_come_in_between(model):
+ASKED = [WARM, replace(WARM, logprobs=3), replace(WARM, repetition_penalty=1.3), replace(WARM, temperature=0.0)]
+
+
+def answered(model, requests: list[Request], graphs: bool, ahead: bool) -> tuple[list, Engine]:
+    engine = Engine(Runner(model, PAGES, decode_graphs=graphs), num_pages=PAGES, page_size=PAGE, max_batch_tokens=20,
+                    ahead=ahead)  # fmt: skip
+    for r in requests:
+        engine.add(r)
+    while engine.step():
+        pass
+    assert all(r.state is State.FINISHED for r in requests)
+    assert engine.scheduler.pool.free == PAGES
+    return [(r.output_ids, [x.token for x in r.logprobs]) for r in requests], engine
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["a step at a time", "a step ahead"])
+def test_answers_are_the_same_with_prompts_that_come_in_between(model, ahead):
     answers = []
     for graphs in (False, True):
-        runner = Runner(model, PAGES, decode_graphs=graphs)
-        engine = Engine(runner, num_pages=PAGES, page_size=PAGE, max_batch_tokens=20)
-        requests = [request(prompt(n), WARM, seed=n) for n in LENGTHS]
-        for r in requests:
-            engine.add(r)
-        while engine.step():
-            pass
-        assert all(r.state is State.FINISHED for r in requests)
-        answers.append([r.output_ids for r in requests])
+        requests = [request(prompt(n), ASKED[n % 4], seed=n) for n in LENGTHS]
+        found, engine = answered(model, requests, graphs, ahead and graphs)
+        answers.append(found)
     assert answers[0] == answers[1]
-    assert runner.graphs.steps
+    assert engine.runner.graphs.steps
+
+
+@pytest.mark.gpu
+def test_a_step_ahead_of_captured_graphs_gives_the_same_answers(model):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = copy.deepcopy(model).to("cuda", torch.bfloat16)
+    answers = []
+    for ahead in (False, True):
+        requests = [request(prompt(9), ASKED[n % 4], n=40, seed=n) for n in range(8)]
+        answers.append(answered(model, requests, True, ahead)[0])
+    assert answers[0] == answers[1]
+    assert all(len(tokens) == 40 for tokens, _ in answers[0])
 
 
 @pytest.mark.gpu

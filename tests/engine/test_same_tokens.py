@@ -70,10 +70,10 @@ class Watched(Runner):
         super().__init__(model, num_pages)
         self.trace = trace
 
-    def run(self, batch):
+    def run(self, batch, tokens=None):
         places = [prefixes_of(c.request.token_ids, c.start, c.end) for c in batch.chunks]
         self.trace.begin([place for chunk in places for place in chunk])
-        logits = super().run(batch)
+        logits = super().run(batch, tokens)
         for row, request in zip(logits, batch.sampling, strict=True):
             self.trace.logits[request.seed, request.generated] = row.clone()
         return logits

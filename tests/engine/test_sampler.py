@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 
 from openm3.engine import sampler
 from openm3.engine.request import Request, RequestError, SamplingParams
-from openm3.engine.sampler import adjust, logprobs_of, sample, uniform
+from openm3.engine.sampler import adjust, logprobs_of, uniform
+
+
+def sample(*args) -> list[int]:
+    return sampler.sample(*args).tolist()
 
 
 def params(temperature=1.0, top_p=1.0, top_k=0, **more):

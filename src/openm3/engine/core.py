@@ -9,9 +9,8 @@ step had not been, at worst to be computed again: whoever asked for it cancels i
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from openm3.engine.request import Request, State, TokenLogprobs
 from openm3.engine.sampler import adjust, logprobs_of, sample
 from openm3.engine.scheduler import Chunk, ScheduledBatch, Scheduler
 from openm3.engine.threads import one_thread
+from openm3.msa.plan import to_device
 
 if TYPE_CHECKING:
     from openm3.engine.guide import Guide
@@ -35,8 +35,10 @@ RECOVERY_STEPS = 100  # steps without running out of memory after which prompts 
 class BatchRunner(Protocol):
     """What the engine asks of a runner (`openm3.engine.runner.Runner`)."""
 
-    def run(self, batch: ScheduledBatch) -> Tensor:
-        """Computes the batch's tokens into their pages; float32 logits [len(batch.sampling), V]."""
+    def run(self, batch: ScheduledBatch, tokens: Tensor | None = None) -> Tensor:
+        """Computes the batch's tokens into their pages; float32 logits [len(batch.sampling), V].
+
+        tokens int64 [chunks]: the one token of each chunk, where its request does not hold it yet."""
 
 
 class Engine:
@@ -45,7 +47,8 @@ class Engine:
     guides: makes the guide of a request with a grammar or a thinking budget.
     token_delay: about how many seconds a running answer waits at most for the prompts computed, and the pictures
     encoded, beside it (longer for a single picture that takes longer).
-    text_behind: a token becomes text while the device computes the next step, which is worth it on a GPU.
+    ahead: the next step of answers is given to the device before the tokens of this one are known here, so that it
+    computes while they become text and the step is scheduled: worth it on a GPU.
     """
 
     def __init__(
@@ -57,13 +60,13 @@ class Engine:
         max_batch_tokens: int = 2048,
         guides: Callable[[Request], Guide | None] | None = None,
         token_delay: float = TOKEN_DELAY,
-        text_behind: bool = False,
+        ahead: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
         self.scheduler = Scheduler(PagePool(num_pages), page_size, max_batch_tokens=max_batch_tokens)
-        self.token_delay, self.text_behind = token_delay, text_behind
-        self._untold: deque[tuple[Request, int]] = deque()  # tokens that are not text yet
+        self.token_delay, self.ahead = token_delay, ahead
+        self._begun: tuple[ScheduledBatch, Tensor] | None = None  # the step that was given ahead, its logits
         self._guides, self._clock = guides, clock
         self._prompt_seconds: float | None = None  # that a token of a prompt takes
         self._patch_seconds: float | None = None  # that a patch of a picture takes
@@ -77,22 +80,20 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends a request and frees its pages; nothing happens if it has ended already."""
-        self._tell()
         with self._bookkeeping():
             self._finish(request, "cancelled")
 
     def step(self) -> bool:
         """Computes one batch and gives each of its answers a token. False if there was nothing to do."""
         with self._bookkeeping():
-            if late := self.scheduler.expired(self._clock()):
-                self._tell()
-            for request in late:
+            for request in self.scheduler.expired(self._clock()):
                 self._finish(request, "deadline")
-            batch = self.scheduler.schedule(self._memory_limit, *self._beside_answers())
+            batch, logits = self._take_begun()
+            batch = batch or self.scheduler.schedule(self._memory_limit, *self._beside_answers())
         if batch is None:
-            return self._tell()
+            return False
         begun = self._clock()
-        self._compute(batch)
+        self._compute(batch, logits)
         self._good_steps += 1
         if self._good_steps == RECOVERY_STEPS:
             self._memory_limit, self._good_steps = min(2 * self._memory_limit, self.scheduler.max_batch_tokens), 0
@@ -104,6 +105,7 @@ class Engine:
         try:
             yield
         except BaseException:
+            self._begun = None
             self.scheduler.reset()
             raise
 
@@ -121,13 +123,39 @@ class Engine:
         elif prompt >= 16:
             self._prompt_seconds = _smoothed(self._prompt_seconds, seconds / prompt)
 
-    def _compute(self, batch: ScheduledBatch) -> None:
+    def _take_begun(self) -> tuple[ScheduledBatch | None, Tensor | None]:
+        """The step that was given ahead, of those that did not end meanwhile, and its logits."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None, None
+        (batch, logits), alive = begun, [c.request.state is State.RUNNING for c in begun[0].chunks]
+        if not all(alive):
+            batch = ScheduledBatch([chunk for chunk, lives in zip(batch.chunks, alive) if lives])
+            logits = logits[to_device(torch.tensor(alive).nonzero()[:, 0], logits.device)]
+        return (batch, logits) if batch.chunks else (None, None)
+
+    def _give_ahead(self, batch: ScheduledBatch, tokens: Tensor, vocab: int) -> None:
+        """Begins the step after `batch`, whose tokens int64 [len(batch.sampling)] are known to the device only."""
+        with self._bookkeeping():
+            following = self.scheduler.following(batch)
+        if following is None:
+            return
+        going = {chunk.request for chunk in following.chunks}
+        rows = torch.tensor([row for row, request in enumerate(batch.sampling) if request in going])
+        tokens = tokens.clamp(max=vocab - 1)  # beyond it where logits are no numbers
+        with suppress(Exception):  # what fails here fails again in a step of its own
+            self._begun = following, self.runner.run(following, tokens[to_device(rows, tokens.device)])
+
+    def _compute(self, batch: ScheduledBatch, logits: Tensor | None = None) -> None:
         try:
-            logits = self.runner.run(batch)
-            self._tell()
+            logits = self.runner.run(batch) if logits is None else logits
             with one_thread(logits.device.type == "cpu" and logits.numel() <= ONE_THREAD_LOGITS):
                 failed, raw = self._adjust(batch.sampling, logits)
-                tokens, records = self._sample(batch.sampling, logits, raw)
+                drawn = self._draw(batch.sampling, logits)
+                if self.ahead and not failed:
+                    self._give_ahead(batch, drawn, logits.shape[-1])
+                tokens = drawn.tolist()
+                records = self._records(batch.sampling, tokens, raw)
         except Exception as error:
             failure = error
         else:
@@ -172,7 +200,7 @@ class Engine:
             params = request.params
             changes = bool(params.logit_bias) or params.penalizes or request.guide is not None
             if params.logprobs is not None:
-                raw[row] = logits[row].clone() if changes else logits[row]
+                raw[row] = logits[row].clone() if changes or self.ahead else logits[row]
             if not changes:
                 continue
             try:
@@ -184,20 +212,20 @@ class Engine:
                 logits[row] = 0.0
         return failed, raw
 
-    def _sample(
-        self, sampling: list[Request], logits: Tensor, raw: dict[int, Tensor]
-    ) -> tuple[list[int], dict[Request, TokenLogprobs]]:
-        """The next tokens, and the records of those that are wanted."""
-        if not sampling:
-            return [], {}
-        tokens = sample(
-            logits, [r.params for r in sampling], [r.seed for r in sampling], [r.generated for r in sampling]
-        )
+    @staticmethod
+    def _draw(sampling: list[Request], logits: Tensor) -> Tensor:
+        """The next tokens int64 [n], on the device."""
+        params, seeds = [r.params for r in sampling], [r.seed for r in sampling]
+        return sample(logits, params, seeds, [r.generated for r in sampling])
+
+    @staticmethod
+    def _records(sampling: list[Request], tokens: list[int], raw: dict[int, Tensor]) -> dict[Request, TokenLogprobs]:
+        """The log-probabilities of those who want them."""
         if not raw:
-            return tokens, {}
+            return {}
         wanted = [(sampling[row], sampling[row].params.logprobs) for row in raw]
         found = logprobs_of(torch.stack(list(raw.values())), [tokens[row] for row in raw], max(n for _, n in wanted))
-        return tokens, {r: TokenLogprobs(x.token, x.logprob, x.top[:n]) for (r, n), x in zip(wanted, found)}
+        return {r: TokenLogprobs(x.token, x.logprob, x.top[:n]) for (r, n), x in zip(wanted, found)}
 
     def _advance(
         self, batch: ScheduledBatch, tokens: list[int], records: dict[Request, TokenLogprobs],
@@ -206,33 +234,16 @@ class Engine:
         with self._bookkeeping():
             for request, error in failed.items():
                 self._fail(request, error)
-            # Some ended by this, others as the tokens before these became text.
-            new = {r: token for r, token in zip(batch.sampling, tokens) if r.state is State.RUNNING}
-            batch = ScheduledBatch([chunk for chunk in batch.chunks if chunk.request.state is State.RUNNING])
+            new = {r: token for r, token in zip(batch.sampling, tokens) if r not in failed}
+            batch = ScheduledBatch([chunk for chunk in batch.chunks if chunk.request not in failed])
             for request in records.keys() & new.keys():
                 request.logprobs[request.generated :] = [records[request]]
             self.scheduler.advance(batch, list(new.values()))
-            self._untold.extend(new.items())
-        if not self.text_behind:
-            self._tell()
-            return
-        for request, token in new.items():
-            if request.generated >= request.max_tokens or self._ends(request, token):
-                self._tell()  # so that nothing is computed for an answer that has its last token
-                break
-
-    def _tell(self) -> bool:
-        """Makes text of the tokens that wait for it. False if none did."""
-        some = bool(self._untold)
-        while self._untold:
-            with self._bookkeeping():
-                request, token = self._untold.popleft()
+            for request, token in new.items():
                 try:
-                    if request.state is not State.FINISHED:
-                        self._deliver(request, token)
+                    self._deliver(request, token)
                 except Exception as error:
                     self._fail(request, error)
-        return some
 
     def _deliver(self, request: Request, token: int) -> None:
         """Adds a token to its request's text, and ends the request if that was its last."""

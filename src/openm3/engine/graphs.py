@@ -1,8 +1,9 @@
 """Decode steps through CUDA graphs: one launch where a step would be hundreds, over buffers that stay where they are.
 
 A graph is captured when a step first needs its size: so many sequences of at most so many pages, both rounded up to a
-power of two, pages at most to the model's context. Its plan is that of full sequences; the true positions and pages are written into its tensors before each
-replay, which attention follows. Rows behind the step's own decode one token into a page that belongs to nobody.
+power of two, pages at most to the model's context. Its plan is that of full sequences; the true positions and pages are
+written into its tensors before each replay, which attention follows. Rows behind the step's own decode one token into a
+page that belongs to nobody.
 
 Without a GPU the same steps run uncaptured. Half precision only: its grouped products never wait for the device.
 """
@@ -50,8 +51,9 @@ class DecodeGraphs:
         self.steps: dict[tuple[int, int], _Step] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
-    def run(self, ids: list[int], pages: list[list[int]], lens: list[int]) -> Tensor:
-        """Logits float32 [n, V] of one token each of n sequences; lens: their keys, this token's included.
+    def run(self, ids: list[int] | Tensor, pages: list[list[int]], lens: list[int]) -> Tensor:
+        """Logits float32 [n, V] of one token each of n sequences; ids: a list, or int64 [n] on the device; lens: their
+        keys, this token's included.
 
         Read them before the next step: they lie in the graph's own memory.
         """
@@ -63,7 +65,7 @@ class DecodeGraphs:
             step = self.steps[batch, width] = self._make(batch, width)
         idle = batch - len(ids)
         self._update(step, rows + [NOTHING] * idle, width)
-        _write(step.ids, ids + [0] * idle)
+        step.ids[: len(ids)] = to_device(torch.as_tensor(ids), self.device)  # what idle rows decode is nobody's
         _write(step.plan.positions, [n - 1 for n in lens] + [0] * idle)
         return step.run()[: len(ids)]
 

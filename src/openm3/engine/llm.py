@@ -103,7 +103,7 @@ class LLM:
             page_size=page_size,
             max_batch_tokens=max_batch_tokens,
             guides=self.guides.guide,
-            text_behind=weight.is_cuda,
+            ahead=weight.is_cuda,
         )
 
     @property

@@ -84,35 +84,39 @@ class Runner:
         self._table = torch.empty(0, 0, dtype=torch.int32)
         self._table_of: list[tuple[list[int], int]] = []  # the page lists in the table, and how much of each
 
-    def run(self, batch: ScheduledBatch) -> Tensor:
+    def run(self, batch: ScheduledBatch, tokens: Tensor | None = None) -> Tensor:
         """Computes the batch's tokens into their pages; float32 logits [len(batch.sampling), V] of the last ones.
 
+        tokens int64 [chunks]: on the device, the one token of each answer, where its request does not hold it yet.
         Prompts whose log-probabilities are wanted get those of their chunk in `prompt_logprobs`.
         """
         short = self._parameters * batch.tokens <= ONE_THREAD_STEP or any(map(self._is_answer, batch.chunks))
         with one_thread(short and self._parameters <= ONE_THREAD_PARAMETERS and self.device.type == "cpu"):
-            return self._run(batch.chunks)
+            return self._run(batch.chunks, tokens)
 
     @torch.inference_mode()
-    def _run(self, chunks: list[Chunk]) -> Tensor:
+    def _run(self, chunks: list[Chunk], tokens: Tensor | None) -> Tensor:
         if self.graphs is not None and all(self._is_answer(chunk) for chunk in chunks):
-            ids = [chunk.request.token_ids[chunk.start] for chunk in chunks]
-            return self.graphs.run(ids, [c.request.pages for c in chunks], [c.end for c in chunks])
+            newest = [c.request.token_ids[c.start] for c in chunks] if tokens is None else tokens
+            return self.graphs.run(newest, [c.request.pages for c in chunks], [c.end for c in chunks])
         ids: list[int] = []
         offsets, last = [0], []
         for chunk in chunks:
             ids += chunk.request.token_ids[chunk.start : chunk.end]
-            offsets.append(len(ids))
+            offsets.append(offsets[-1] + chunk.tokens)
             if chunk.samples:
-                last.append(len(ids) - 1)
+                last.append(offsets[-1] - 1)
         plan = Plan.paged(self._page_table(chunks), [c.end for c in chunks], offsets, **self._plan_args)
         hidden = self.model(
-            torch.tensor(ids), cache=self.cache, plan=plan, media_embeds=self._media_embeds(chunks)
+            torch.tensor(ids) if tokens is None else tokens,
+            cache=self.cache,
+            plan=plan,
+            media_embeds=self._media_embeds(chunks),
         ).hidden  # [T, H]
         for chunk, offset in zip(chunks, offsets):
             if chunk.request.params.prompt_logprobs is not None:
                 self._score_prompt(chunk, hidden[offset : offset + chunk.tokens])
-        return self._logits(hidden if len(last) == len(ids) else hidden[last])
+        return self._logits(hidden if len(last) == offsets[-1] else hidden[last])
 
     @staticmethod
     def _is_answer(chunk: Chunk) -> bool:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from openm3.engine.request import Request, SamplingParams, TokenLogprobs
+from openm3.msa.plan import to_device
 
 COLDEST = 1e-4  # temperatures below draw the likeliest token: logits divided by less may overflow
 NUCLEUS_GUESS = 256  # candidates looked at first for top_p; more only where these hold too little probability
 
 
-def sample(logits: Tensor, params: list[SamplingParams], seeds: list[int], places: list[int]) -> list[int]:
-    """One token for each row of float32 logits [n, V]; places[i]: how many tokens answer i has already.
+def sample(logits: Tensor, params: list[SamplingParams], seeds: list[int], places: list[int]) -> Tensor:
+    """One token for each row of float32 logits [n, V], int64 [n]; places[i]: how many tokens answer i has already.
 
     min_p keeps the tokens of at least so much of the likeliest one's probability; top_k keeps the k highest logits and
     those equal to the lowest of them; top_p then keeps the likeliest tokens up to the one that reaches p, and those
@@ -26,10 +27,11 @@ def sample(logits: Tensor, params: list[SamplingParams], seeds: list[int], place
     """
     drawn = [i for i, p in enumerate(params) if p.temperature >= COLDEST]
     if not drawn:
-        return logits.argmax(-1).tolist()
+        return logits.argmax(-1)
     some = logits if len(drawn) == len(params) else logits[drawn]
     column = [(p.temperature, p.top_p, uniform(seeds[i], places[i])) for i in drawn for p in (params[i],)]
-    temperature, top_p, point = torch.tensor(column, dtype=torch.float64, device=logits.device).T.unsqueeze(-1)
+    columns = to_device(torch.tensor(column, dtype=torch.float64), logits.device)
+    temperature, top_p, point = columns.T.unsqueeze(-1)
     scaled = some / temperature.float()  # [m, V]
     if any(params[i].min_p > 0 for i in drawn):
         scaled = _keep_min_p(scaled, [params[i].min_p for i in drawn])
@@ -39,10 +41,10 @@ def sample(logits: Tensor, params: list[SamplingParams], seeds: list[int], place
     mass = torch.softmax(scaled, -1, dtype=torch.float64).cumsum(-1)
     tokens = torch.searchsorted(mass, point * mass[:, -1:], right=True).squeeze(-1)
     if len(drawn) == len(params):
-        return tokens.tolist()
+        return tokens
     out = logits.argmax(-1)
     out[drawn] = tokens
-    return out.tolist()
+    return out
 
 
 class History:
@@ -104,7 +106,7 @@ def _mix(x: int) -> int:
 
 
 def _keep_min_p(logits: Tensor, min_p: list[float]) -> Tensor:
-    share = torch.tensor(min_p, dtype=torch.float32, device=logits.device).unsqueeze(-1)
+    share = to_device(torch.tensor(min_p), logits.device).unsqueeze(-1)
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + share.log(), -torch.inf)
 
 
@@ -114,7 +116,7 @@ def _keep_top_k(logits: Tensor, top_k: list[int]) -> Tensor:
     if max(last) < 0:
         return logits
     top = logits.topk(max(last) + 1).values  # descending
-    lowest = top.gather(-1, torch.tensor([max(i, 0) for i in last], device=logits.device).unsqueeze(-1))
+    lowest = top.gather(-1, to_device(torch.tensor([max(i, 0) for i in last]), logits.device).unsqueeze(-1))
     off = [i for i, place in enumerate(last) if place < 0]
     if off:
         lowest[off] = -torch.inf

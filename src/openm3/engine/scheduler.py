@@ -120,6 +120,20 @@ class Scheduler:
                 chunks.append(Chunk(request, start, end, samples=end == len(request.token_ids)))
         return ScheduledBatch(chunks, encoded) if chunks else None
 
+    def following(self, batch: ScheduledBatch) -> ScheduledBatch | None:
+        """The step after `batch`, before its tokens are known, its pages allocated: one more token of each answer that
+        goes on for all that is known. None where another step than that would come."""
+        if self.waiting or len(batch.sampling) != len(self.running) or len(batch.chunks) != len(self.running):
+            return None
+        going = [c for c in batch.chunks if c.request.generated + 1 < c.request.max_tokens]
+        missing = [max(0, self._pages_for(c.end + 1) - len(c.request.pages)) for c in going]
+        if not going or sum(missing) > self.pool.free:
+            return None
+        for chunk, pages in zip(going, missing):
+            if pages:
+                chunk.request.pages += self.pool.allocate(pages, after=chunk.request.pages[-1])
+        return ScheduledBatch([Chunk(c.request, c.end, c.end + 1, samples=True) for c in going])
+
     def advance(self, batch: ScheduledBatch, tokens: list[int]) -> None:
         """Records that a batch was computed; `tokens` are the new ones of batch.sampling, in its order."""
         for request, token in zip(batch.sampling, tokens, strict=True):
