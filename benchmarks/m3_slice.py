@@ -87,7 +87,13 @@ class Slice:
         text = model.config.text
         page = text.sparse.block_size
         pages = batch * -(-(context + steps) // page)
-        self.engine = Engine(Runner(model, pages), num_pages=pages, page_size=page, max_batch_tokens=batch * context)
+        self.engine = Engine(
+            Runner(model, pages),
+            num_pages=pages,
+            page_size=page,
+            max_batch_tokens=batch * context,
+            ahead=model.device.type == "cuda",
+        )  # as LLM does
         generator = torch.Generator(model.device).manual_seed(1)
         for layer in self.engine.runner.cache.layers:
             for tensor in (layer.k, layer.v, layer.index_k):

@@ -485,8 +485,8 @@ class Bench:
                 break
             calls = self.sides[side](cases()[0].ending_at(end))
             blocks, _ = both(calls)
-            row["select_ms"].append(clock.events(calls.select, 1)[0])
-            row["attend_ms"].append(clock.events(partial(calls.attend, blocks), 1)[0])
+            row["select_ms"].append(median(clock.events(calls.select, 3)))
+            row["attend_ms"].append(median(clock.events(partial(calls.attend, blocks), 3)))
             if end in s.prompts:
                 select, attend = sum(row["select_ms"]), sum(row["attend_ms"])
                 row["sums"][str(end)] = {"select_ms": select, "attend_ms": attend, "total_ms": select + attend}

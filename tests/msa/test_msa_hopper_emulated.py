@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import sys
 import threading
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ if not triton.knobs.runtime.interpret:
 
 from triton_interpreted import an_interpreter_that_multiplies_bf16  # noqa: E402, F401
 
-from openm3.msa import hopper_attend, hopper_backend, hopper_select, reference, triton_backend  # noqa: E402
+from openm3.msa import hopper_attend, hopper_backend, hopper_page, hopper_select, reference, triton_backend  # noqa: E402
 from openm3.msa.triton_tiles import tiles_of  # noqa: E402
 
 PATIENCE = 20.0  # seconds until a wait counts as one without end
@@ -51,7 +52,7 @@ def load(pointer, mask=None, other=None):
     return torch.where(mask, pointer.data[torch.where(mask, offset, 0)], torch.tensor(other, dtype=pointer.data.dtype))
 
 
-def store(pointer, value, mask):
+def store(pointer, value, mask, eviction_policy=""):
     offset, value, mask = torch.broadcast_tensors(pointer.offset, value, mask)
     pointer.data[offset[mask]] = value[mask]
 
@@ -92,6 +93,10 @@ class Barrier:
 class Shared:
     data: object
 
+    @property
+    def dtype(self):
+        return self.data.dtype
+
     def index(self, i):
         return self.data[int(i)] if isinstance(self.data, list) else Shared(self.data[int(i)])
 
@@ -100,6 +105,12 @@ class Shared:
 
     def store(self, value):
         self.data.copy_(value)
+
+    def load(self, layout):
+        return self.data.clone()
+
+    def reinterpret(self, dtype, shape, layout):
+        return Shared(self.data.view(dtype).view(shape))
 
 
 pending = threading.local()
@@ -114,6 +125,7 @@ class Product:
 
     def compute(self):
         a, b, acc = (x.data if isinstance(x, Shared) else x for x in self.operands)
+        acc = acc.value if isinstance(acc, Product) else acc
         self.value = a.float() @ b.float() + (0 if acc is None else acc)
 
 
@@ -126,9 +138,9 @@ def product_wait(outstanding, deps):
 
 
 def copy_page(pages, at, barrier, to):
-    page = pages.base[tuple(int(i) for i in at[: pages.base.dim() - 2])]
-    assert page.shape == to.data.shape
-    to.data.copy_(page)
+    box = pages.base[tuple(slice(int(i), int(i) + n) for i, n in zip(at, pages.shape, strict=True))]
+    assert list(box.shape) == pages.shape
+    to.data.copy_(box.view(to.data.shape))
     barrier.landed(pages.block_type.nbytes)
 
 
@@ -171,8 +183,8 @@ class Kernel:
                 torch.as_strided(x, (x.untyped_storage().nbytes() // x.itemsize - x.storage_offset(),), (1,))
             )
         if hasattr(x, "block_shape"):
-            size = x.block_shape[-2] * x.block_shape[-1] * x.base.itemsize
-            return SimpleNamespace(base=x.base, dtype=x.base.dtype, block_type=SimpleNamespace(nbytes=size))
+            size = SimpleNamespace(nbytes=math.prod(x.block_shape) * x.base.itemsize)
+            return SimpleNamespace(base=x.base, dtype=x.base.dtype, shape=list(x.block_shape), block_type=size)
         return x
 
 
@@ -200,14 +212,15 @@ def jit(function=None, **options):
 
 language = ModuleType("language")
 language.__dict__.update(
-    constexpr=lambda x: x, int32=torch.int32, int64=torch.int64, float32=torch.float32, load=load, store=store,
+    constexpr=lambda x: x, int32=torch.int32, int64=torch.int64, float16=torch.float16, float32=torch.float32,
+    load=load, store=store, minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
     arange=lambda a, b, layout: torch.arange(a, b), zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype), where=torch.where,
-    maximum=torch.maximum, minimum=lambda a, b: min(a, b), exp2=torch.exp2, log2=torch.log2, max=extreme("amax"),
+    maximum=torch.maximum, abs=torch.abs, exp2=torch.exp2, log2=torch.log2, max=extreme("amax"),
     min=extreme("amin"), sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, layout: x, static_range=range,
     static_assert=anything, barrier=anything, warp_specialize=specialize, allocate_shared_memory=allocate,
     BlockedLayout=anything, SliceLayout=anything, NVMMADistributedLayout=anything, NVMMASharedLayout=anything,
-    DotOperandLayout=anything,
+    DotOperandLayout=anything, shared_memory_descriptor=Shared,
 )  # fmt: skip
 HOPPER = dict(
     fence_async_shared=anything, tma=SimpleNamespace(async_load=copy_page),
@@ -223,7 +236,7 @@ HOPPER = dict(
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    """The two modules' kernels are their own source, with Gluon's names standing for the emulation."""
+    """The three modules' kernels are their own source, with Gluon's names standing for the emulation."""
     gluon, hopper = ModuleType("gluon"), ModuleType("hopper")
     gluon.jit, gluon.language = jit, language
     hopper.__dict__.update(HOPPER)
@@ -231,7 +244,7 @@ def _emulated(monkeypatch):
         monkeypatch.setitem(sys.modules, "triton.experimental.gluon" + name, module)
     monkeypatch.setattr(triton.experimental, "gluon", gluon)
     found = {}
-    for module in (hopper_select, hopper_attend):
+    for module in (hopper_select, hopper_attend, hopper_page):
         spec = importlib.util.spec_from_file_location("emulated", module.__file__)
         found[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found[module])
@@ -239,6 +252,7 @@ def _emulated(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(hopper_select, "score_tiles", Kernel(found[hopper_select].score_tiles))
     monkeypatch.setattr(hopper_attend, "attend_tiles", Kernel(found[hopper_attend].attend_tiles))
+    monkeypatch.setattr(hopper_page, "attend_pages", Kernel(found[hopper_page].attend_pages))
     monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 4)
 
 
@@ -284,6 +298,21 @@ def test_sparse_attention_of_a_prompt_is_the_references(case, union, monkeypatch
     t, plan = case.tensors().in_pages(), case.paged()
     blocks = random_blocks(case, plan)
     blocks[:, :8] = blocks[:, :1]
+    out, lse = hopper_backend.sparse_attention(t.q, t.k, t.v, blocks, plan, 0.05)
+    wanted, wanted_lse = reference.attention(*(x.double() for x in (t.q, t.k, t.v)), blocks, plan, 0.05)
+    assert relative(out, wanted) <= 5e-3
+    assert relative(lse, wanted_lse) <= 1e-5
+
+
+@pytest.mark.parametrize(("case", "chunk", "stages"), [(CASES[0], 8, 6), (CASES[1], 64, 4), (CASES[2], 16, 5)])
+def test_queries_gathered_by_page_are_the_references(case, chunk, stages, monkeypatch):
+    tuning = replace(hopper_backend.TUNING, union=1.125, page_chunk=chunk, page_stages=stages)
+    monkeypatch.setattr(hopper_backend, "TUNING", tuning)
+    monkeypatch.setattr(hopper_backend, "MOST_QUERIES", 1)
+    monkeypatch.setattr(triton_backend, "_interpreted", lambda: False)
+    t, plan = case.tensors().in_pages(), case.paged()
+    blocks = random_blocks(case, plan)
+    blocks[:, 8:16] = blocks[:, 8:9]  # a tile that is united
     out, lse = hopper_backend.sparse_attention(t.q, t.k, t.v, blocks, plan, 0.05)
     wanted, wanted_lse = reference.attention(*(x.double() for x in (t.q, t.k, t.v)), blocks, plan, 0.05)
     assert relative(out, wanted) <= 5e-3

@@ -12,7 +12,9 @@ Grids follow from what the host knows of a plan, so a captured step follows leng
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from openm3.msa.keys import Scale
 from openm3.msa.plan import Plan, to_device
 from openm3.msa.triton_backend import FP8, HALVES, Call, on, pad
 from openm3.msa.triton_tiles import Tiles, once, strips_of, tiles_of
+
+if TYPE_CHECKING:
+    from openm3.msa.hopper_gather import Turns
 
 __all__ = ["TUNING", "Tuning", "dense_attention", "refusal", "select_blocks", "sparse_attention"]
 
@@ -60,7 +65,10 @@ class Tuning:
     tile_blocks: int = 64  # that one program scores
     union: float = 2.5  # times top-k blocks in a tile's union, above which its queries are gathered
     union_stages: int = 2
-    gather_rows: int = 64  # query heads that pass a page at a time
+    page_chunk: int = 64  # queries that pass a page before its program takes the next
+    page_stages: int = 6
+    join_warps: int = 4
+    gather_rows: int = 64  # query heads that pass an fp8 page at a time
     gather_chunk: int = 32  # queries of one program
     gather_stages: int = 2
     programmatic: bool = True  # the next kernel is set up while one still runs
@@ -116,13 +124,18 @@ def _pages(x: Tensor, keys: int):
     return TensorDescriptor.from_tensor(x, [1] * (x.dim() - 2) + [keys, DIM])
 
 
-def _swizzled_pages(x: Tensor, keys: int):
-    """`_pages` for Gluon, in the layout that wgmma reads."""
+def _swizzled_pages(x: Tensor, keys: int, columns: int = DIM):
+    """`_pages` for Gluon."""
+    return _swizzled(x, [1] * (x.dim() - 2) + [keys, columns])
+
+
+def _swizzled(x: Tensor, shape: list[int]):
+    """The tensor map of boxes of x for Gluon, in the layout that wgmma reads."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * x.itemsize, rank=x.dim())
-    return TensorDescriptor.from_tensor(x, [1] * (x.dim() - 2) + [keys, DIM], layout)
+    return TensorDescriptor.from_tensor(x, shape, layout)
 
 
 def _split(steps: int, programs: int, waves: int, device: torch.device) -> tuple[int, int]:
@@ -420,31 +433,56 @@ def _gather(
 
     q, hkv, index_heads, tuning = call.q, k.shape[1], len(blocks), TUNING
     tokens, heads, _ = q.shape
-    group = heads // hkv
-    chosen = blocks[:, lo:hi]  # [Hi, n, topk]
-    wanted = (chosen >= 0) & (lengths[tile_of.long()].T < 0)[..., None]
-    pages = plan.page_table[plan.seq_ids[lo:hi, None], chosen.clamp_min(0).long()]
-    pages = torch.where(wanted, pages, len(k)).flatten(1)
-    entries = pages.shape[1]
-    chunks = entries // tuning.gather_chunk + min(entries, sum(-(-n // BLOCK) for n in plan.lens_k))
-    keys, order, starts = kernels.by_page(pages, len(k), tuning.gather_chunk, chunks)
-    part = torch.empty(hi - lo, group, plan.topk, DIM, dtype=torch.float16, device=q.device)
+    group, share = heads // hkv, hkv // index_heads
+    count = (hi - lo) * plan.topk
+    streamed = k.dtype == q.dtype and not triton_backend._interpreted()
+    chunk = tuning.page_chunk if streamed else tuning.gather_chunk
+    most = count // chunk + min(count, sum(-(-n // BLOCK) for n in plan.lens_k))
+    turns = kernels.by_page(blocks, plan, lo, hi, tile_of, lengths, len(k), chunk, most)
+    part = torch.empty(hi - lo, plan.topk, group, DIM, dtype=torch.float16, device=q.device)
     unit, part_lse = (torch.empty(part.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    k_map, v_map = _pages(k, BLOCK), _pages(v, BLOCK)
-    share = hkv // index_heads
+    parts = (part, unit, part_lse)
+    attend = _by_page(call, k, v, turns, parts, most, lo) if streamed else None
     with on(q.device):
         for r in range(hkv):
-            kernels.attend_gathered[(chunks,)](
-                q, k_map, v_map, *call.scales, keys, order, starts, blocks, part, unit, part_lse, plan.positions,
-                q.stride(0), q.stride(1), *call.strides[-4:], entries, chunks, lo, tokens, r, *call.factors,
-                GROUP=group, SHARE=share, TOPK=plan.topk, QUERIES=tuning.gather_rows // group,
-                CHUNK=tuning.gather_chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
-                V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages, num_warps=4,
-            )  # fmt: skip
+            if attend is not None:
+                attend(r)
+            else:
+                kernels.attend_gathered[(most,)](
+                    q, _pages(k, BLOCK), _pages(v, BLOCK), *call.scales, turns.pages, turns.entries, turns.lasts,
+                    turns.starts, turns.chunks, *parts, q.stride(0), q.stride(1), *call.strides[-4:], count, most, lo,
+                    r, *call.factors, GROUP=group, SHARE=share, TOPK=plan.topk, QUERIES=tuning.gather_rows // group,
+                    CHUNK=chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
+                    V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages,
+                    num_warps=4,
+                )  # fmt: skip
             kernels.join_slots[(hi - lo,)](
-                part, unit, part_lse, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads,
-                GROUP=group, SHARE=share, TOPK=plan.topk, D=DIM, num_warps=1,
+                *parts, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads, GROUP=group,
+                SHARE=share, TOPK=plan.topk, D=DIM, num_warps=tuning.join_warps,
             )  # fmt: skip
+
+
+def _by_page(
+    call: Call, k: Tensor, v: Tensor, turns: Turns, parts: tuple[Tensor, ...], most: int, lo: int
+) -> Callable[[int], None]:
+    """What attends with the queries of one KV head; its tensor maps are made once for all heads."""
+    from openm3.msa import hopper_page
+
+    q, hkv = call.q, k.shape[1]
+    group, share = q.shape[1] // hkv, hkv // len(turns.pages)
+    if q.data_ptr() % 16 or any(stride * q.itemsize % 16 for stride in q.stride()[:2]):
+        q = q.contiguous()
+    programs = min(most, triton_backend._multiprocessors(q.device))
+    maps = (_swizzled(q, [1, group, DIM // 2]), _swizzled_pages(k, BLOCK, DIM // 2), _swizzled_pages(v, BLOCK))
+
+    def attend(r: int) -> None:
+        hopper_page.attend_pages[(programs,)](
+            *maps, turns.pages, turns.entries, turns.lasts, turns.starts, turns.chunks, *parts, turns.pages.shape[1],
+            most, lo, r, *call.factors, GROUP=group, SHARE=share, TOPK=parts[0].shape[1], BLOCK=BLOCK, D=DIM,
+            STAGES=TUNING.page_stages, num_warps=4,
+        )  # fmt: skip
+
+    return attend
 
 
 def _pieces(plan: Plan, most: int) -> tuple[Tiles, list[tuple[int, int, int, int, Tensor]]]:
