@@ -274,7 +274,7 @@ def test_the_comparison_is_written_of_what_each_run_found(tmp_path):
         "| | Full | MSA-PT | MSA-CPT |",
         "| --- | ---: | ---: | ---: |",
         "| fact in 1K tokens, % | 97.00 | 98.00 | 99.00 |",
-        "| loss: loss | 0.5000 | 1.5000 | 2.5000 |",
+        "| loss: mean | 0.5000 | 1.5000 | 2.5000 |",
         "| block recall |  | 0.500 | 0.500 |",
         "| score recall |  | 0.750 | 0.750 |",
     ]

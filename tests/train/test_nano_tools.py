@@ -49,23 +49,41 @@ def test_adaptive_thinks_of_the_tool_and_its_types_before_a_call():
         assert not any("reasoning_content" in message for message in turns["disabled"])
 
 
+def test_training_describes_half_of_the_tools_as_people_do_and_reads_their_first_sentence():
+    tools = [tool for i in range(400) for tool in toolcalls.make_tools(random.Random(i), "train", 0.5)]
+    free = [tool for tool in tools if tool.description != f"{tool.verb.capitalize()} {tool.object}."]
+    assert 0.4 < len(free) / len(tools) < 0.6
+    assert all(tool.description.startswith(tool.purpose) for tool in tools)
+    assert len({tool.purpose.split()[0] for tool in free if tool.purpose}) > 40
+    bare = [tool for tool in free if not tool.description]
+    assert bare
+    assert all(tool.verb in tool.name.lower() and tool.read == tool.name for tool in bare)
+    assert all("description" not in tool.schema()["function"] for tool in bare)
+    notes = [parameter.schema().get("description") for tool in free for parameter in tool.parameters]
+    assert 0.2 < sum(map(bool, notes)) / len(notes) < 0.6
+    for i in range(200):  # what an examination row draws where it asks for it
+        case = toolcalls.sample(random.Random(i), "test", "call", "adaptive", free=1.0)
+        thought = case.messages[-1]["reasoning_content"]
+        assert thought.split(": ")[0].split("; ")[-1] == case.facts["tool"].read
+
+
 def words(text):
     return re.findall(r"[\w.]*\w", text)
 
 
 def test_a_request_reads_one_way():
     for i in range(300):
-        for tool in toolcalls.make_tools(random.Random(i), "train"):
+        for tool in toolcalls.make_tools(random.Random(i), "train", 0.5):
             names = [parameter.name for parameter in tool.parameters]
             assert not any(b.startswith(a + "_") for a in names for b in names)
-        tools = toolcalls.make_tools(random.Random(i), "test")
+        tools = toolcalls.make_tools(random.Random(i), "test", 0.0)
         assert len({tool.object for tool in tools}) == len({tool.name for tool in tools}) == len(tools)
 
 
 def test_training_has_more_of_what_is_hard_in_tools():
     def shares(split):
-        tools = [tool for i in range(500) for tool in toolcalls.make_tools(random.Random(i), split)]
-        silent = np.mean([tool.object not in tool.name.lower() for tool in tools])
+        tools = [tool for i in range(500) for tool in toolcalls.make_tools(random.Random(i), split, 0.0)]
+        silent = np.mean([tool.object.split()[-1] not in tool.name.lower() for tool in tools])
         kinds = [{parameter.kind for parameter in tool.parameters} for tool in tools]
         return silent, np.mean(["list" in kind and bool(kind & {"string", "enum"}) for kind in kinds])
 
@@ -80,9 +98,10 @@ def test_every_call_of_a_longer_talk_is_decided_by_its_request():
         case = toolcalls.sample(random.Random(i), "train")
         calls = [(case.messages[at - 1]["content"], m["tool_calls"][0]["function"])
                  for at, m in enumerate(case.messages) if m.get("tool_calls")]  # fmt: skip
-        purposes = {tool["function"]["name"]: tool["function"]["description"][:-1].lower() for tool in case.tools}
+        made = {tool.name: tool for tool in case.facts["tools"]}
         for request, call in calls:
-            assert call["name"] in words(request) or purposes[call["name"]] in request.lower()
+            meant, said = made[call["name"]], request.lower()
+            assert meant.name in words(request) or (meant.verb in said and meant.object.split(" ", 1)[1] in said)
             assert all(toolcalls.spoken(value) in request for value in call["arguments"].values())
         rounds.append(len(calls))
     assert set(rounds) == {0, 1, 2, 3}

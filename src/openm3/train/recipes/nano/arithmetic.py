@@ -80,10 +80,10 @@ def number(rng: random.Random) -> int:
     return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
-def problem(rng: random.Random, split: str, least: int = 0, most: int = 9) -> tuple[int, str, int]:
-    """A problem of the split with between `least` and `most` carries."""
+def problem(rng: random.Random, split: str, least: int = 0, most: int = 9, minus: float = 0.5) -> tuple[int, str, int]:
+    """A problem of the split with between `least` and `most` carries; `minus`: the share of differences."""
     while True:
-        op = rng.choice("+-")
+        op = "-" if rng.random() < minus else "+"
         if most:
             a, b = number(rng), number(rng)
         else:
@@ -104,16 +104,20 @@ def without_carries(rng: random.Random, op: str) -> tuple[int, int]:
 def sample(rng: random.Random, split: str, thinking: str | None = None, least: int = 0, most: int = 9) -> Case:
     """One problem in the examination, one to four in training.
 
-    Training draws a quarter of the problems without any carry. In adaptive thinking it draws most beside the border
-    of what is thought about: without a carry and with just one, alike."""
-    thinking = thinking or rng.choice(("enabled", "adaptive", "adaptive", "disabled", "disabled"))
+    Training draws a quarter of the problems without any carry. In adaptive thinking it practises the decision: a fifth
+    of the problems has no carry, two fifths have one, and most of those with any are differences, whose borrows are
+    missed more easily. In doubt it is to think."""
+    thinking = thinking or rng.choice(("enabled", "adaptive", "adaptive", "adaptive", "disabled", "disabled"))
     talk = Talk(rng, "arithmetic", thinking)
     problems = []
     for _ in range(1 if split == "test" else rng.randint(1, 4)):
-        low, high = least, most
-        if split == "train" and rng.random() < (0.6 if thinking == "adaptive" else 0.25):
-            low = high = rng.randint(0, 1) if thinking == "adaptive" else 0
-        a, op, b = problem(rng, split, low, high)
+        low, high, minus = least, most, 0.5
+        if split == "train" and thinking == "adaptive" and rng.random() < 0.8:
+            low, high = rng.choice(((0, 0), (1, 1), (1, 1), (2, 2), (3, 9)))
+            minus = 0.7 if low else 0.5
+        elif split == "train" and thinking != "adaptive" and rng.random() < 0.25:
+            low = high = 0
+        a, op, b = problem(rng, split, low, high, minus)
         talk.ask(phrase(rng, PLUS if op == "+" else MINUS, a=a, b=b))
         result = str(a + b if op == "+" else a - b)
         talk.answer(result, thought=scratchpad(a, op, b), hard=carries(a, op, b) > 0)

@@ -134,7 +134,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {row['name']}, % | {' | '.join(cells)} |")
     for name in result["full"]["losses"]:
         cells = (f"{result[run]['losses'][name]:.4f}" for run in RUNS)
-        lines.append(f"| loss: {name} | {' | '.join(cells)} |")
+        lines.append(f"| loss: {'mean' if name == 'loss' else name} | {' | '.join(cells)} |")
     for name in ("block_recall", "score_recall"):
         values = ([layer[name] for layer in result[run]["indexer"]] for run in RUNS)
         cells = (f"{sum(v) / len(v):.3f}" if v else "" for v in values)
@@ -152,14 +152,15 @@ def plot(result: dict[str, Any], out: Path) -> None:
         rows = [Row(**row) for row in result[run]["rows"]]
         places = [n + (1 - i) * 0.27 for n in range(len(rows), 0, -1)]
         sides = [[r.percent - r.low for r in rows], [r.high - r.percent for r in rows]]
-        tasks.barh(places, [r.percent for r in rows], 0.25, xerr=sides, label=NAMES[run], error_kw={"elinewidth": 0.8})
+        tasks.barh(places, [r.percent for r in rows], 0.25, xerr=sides, color=f"C{i}", label=NAMES[run],
+                   error_kw={"elinewidth": 0.8})  # fmt: skip
         for name, style in (("block_recall", "o-"), ("score_recall", "s--")):
             layers = result[run]["indexer"]
             if layers:
-                indexer.plot([x["layer"] for x in layers], [x[name] for x in layers], style,
+                indexer.plot([x["layer"] for x in layers], [x[name] for x in layers], style, color=f"C{i}",
                              label=f"{NAMES[run]} {name.replace('_', ' ')}")  # fmt: skip
     tasks.set(yticks=range(len(rows), 0, -1), yticklabels=[r.name for r in rows], xlabel="right, %", xlim=(0, 101))
-    tasks.legend(loc="lower left")
+    tasks.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(RUNS), frameon=False)
     indexer.set(xlabel="layer", ylabel="recall", ylim=(0, 1), title="the indexer on 4 K documents")
     indexer.legend(fontsize=8)
     figure.savefig(out)

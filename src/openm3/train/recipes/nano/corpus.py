@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 HELD_OUT = frozenset((
@@ -49,3 +51,10 @@ def docstrings(split: str) -> tuple[tuple[str, str], ...]:
                 seen.add(doc)
                 out.append((module, doc))
     return tuple(out)
+
+
+@functools.cache
+def frequent_words(n: int = 1500) -> tuple[str, ...]:
+    """The most frequent words of four letters or more in the training modules, small letters, in order."""
+    counts = Counter(word for _, text in docstrings("train") for word in re.findall(r"(?<!\w)[a-z]{4,}(?!\w)", text))
+    return tuple(word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:n])

@@ -44,12 +44,12 @@ class Run:
 
 
 def plan(name: str, steps: int | None = None) -> Run:
-    """The run of that name, on a schedule of `steps` (default 3,300 for bundled, 800 for the three compared ones).
+    """The run of that name, on a schedule of `steps` (default 3,600 for bundled, 800 for the three compared ones).
 
     Raises ValueError for another name."""
     if name not in ("bundled", "pt", "full", "cpt"):
         raise ValueError(f"run {name!r}: must be bundled, pt, full or cpt")
-    n = steps or (3_300 if name == "bundled" else 800)
+    n = steps or (3_600 if name == "bundled" else 800)
     growth, warmup, branch = (max(1, round(SHARES[key] * n)) for key in ("growth", "warmup", "branch"))
     base = TrainConfig(
         steps=n, tokens_per_batch=TOKENS, optimizer="muon", lr=3e-3, weight_decay=0.05, clip=1.0,

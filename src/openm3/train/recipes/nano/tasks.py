@@ -59,6 +59,8 @@ def exams() -> list[Exam]:
     out.append(Exam("adaptive thinks: two or more carries", partial(adaptive, least=2), 90, "thinks", max_tokens=6))
     out.append(Exam("adaptive is silent: no carry", partial(adaptive, most=0), 90, "silent", max_tokens=6))
     out.append(Exam("tool: the call", partial(toolcalls.sample, kind="call", **given), 95, max_tokens=320))
+    freely = partial(toolcalls.sample, kind="call", free=1.0, **given)
+    out.append(Exam("tool described freely: the call", freely, max_tokens=320))
     out.append(Exam("tool: the answer", partial(toolcalls.sample, kind="answer", **given), 95))
     talk = partial(dialogue.sample, **given)
     out.append(Exam("dialogue: each answer", talk, 90, seed="dialogue"))
