@@ -1,7 +1,7 @@
 """The engine's loop with a fake model: endings, faults inside a step, interrupts at any line."""
 
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -147,6 +147,41 @@ def test_who_ended_is_left_out_of_the_step_ahead_and_who_comes_is_in_the_next():
     assert engine.scheduler.pool.free == 8
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("odd")])
+def test_a_step_ahead_of_tokens_that_nobody_got_is_forgotten(error, monkeypatch):
+    engine, (one, two, late) = make_engine(ahead=True), [make_request([i, 1], 6) for i in range(3)]
+    engine.add(one)
+    engine.add(two)
+    engine.step()
+    wrong, right = [error], engine._records
+    monkeypatch.setattr(engine, "_records", lambda *args: raise_once(wrong, right, args))
+    with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else nullcontext():
+        engine.step()
+    engine.add(late)
+    run(engine)
+    for i, request in enumerate((one, two, late)):
+        assert request.output_ids == answer([i, 1], 6)
+    assert engine.scheduler.pool.free == 8
+
+
+def raise_once(errors: list, otherwise, args):
+    if errors:
+        raise errors.pop()
+    return otherwise(*args)
+
+
+def test_answers_go_ahead_while_others_find_no_room_who_enter_as_soon_as_there_is_some():
+    engine, requests = make_engine(ahead=True, pages=4), [make_request([i, 1, 2], n) for i, n in enumerate((9, 13, 5))]
+    for request in requests:
+        engine.add(request)
+    given = []
+    while engine.step():
+        given.append(engine._begun is not None and requests[2].state is State.WAITING)
+    assert any(given)
+    for i, request in enumerate(requests):
+        assert request.output_ids == answer([i, 1, 2], request.max_tokens)
+
+
 def test_a_step_ahead_takes_no_page_from_anyone():
     engine, requests = make_engine(ahead=True, pages=3), [make_request([i, 1, 2], 6) for i in range(2)]
     for request in requests:
@@ -196,9 +231,9 @@ class Poisoned(FakeRunner):
         return super().run(batch, tokens)
 
 
-@given(st.sets(st.integers(0, 6), max_size=7), st.integers(4, 40))
-def test_an_error_fails_the_requests_it_is_about_and_no_other(bad, pages):
-    engine = Engine(Poisoned(bad), num_pages=pages, page_size=4, max_batch_tokens=9)
+@given(st.sets(st.integers(0, 6), max_size=7), st.integers(4, 40), st.booleans())
+def test_an_error_fails_the_requests_it_is_about_and_no_other(bad, pages, ahead):
+    engine = Engine(Poisoned(bad), num_pages=pages, page_size=4, max_batch_tokens=9, ahead=ahead)
     requests = [make_request([i, 1], 6) for i in range(7)]
     for request in requests:
         engine.add(request)
@@ -266,8 +301,9 @@ class Broken(Letters):
         raise UnicodeError("no such text")
 
 
-def test_an_error_in_a_request_s_text_fails_that_request_alone():
-    engine = make_engine()
+@each_way
+def test_an_error_in_a_request_s_text_fails_that_request_alone(ahead):
+    engine = make_engine(ahead=ahead)
     bad, good = make_request([1, 2], 6), make_request([3, 2], 6)
     bad.output = TextOutput(Broken())
     engine.add(bad)
@@ -293,8 +329,9 @@ class BadGuide:
         return False
 
 
-def test_an_error_in_a_grammar_fails_its_request_alone():
-    engine = make_engine()
+@each_way
+def test_an_error_in_a_grammar_fails_its_request_alone(ahead):
+    engine = make_engine(ahead=ahead)
     bad, good = make_request([1, 2], 6), make_request([3, 2], 6)
     bad.guide = BadGuide()
     engine.add(bad)
@@ -304,8 +341,9 @@ def test_an_error_in_a_grammar_fails_its_request_alone():
     assert good.output_ids == answer([3, 2], 6)
 
 
-def test_logits_that_are_not_numbers_fail_their_request_alone():
-    engine = Engine(NotNumbers(), num_pages=8, page_size=4)
+@each_way
+def test_logits_that_are_not_numbers_fail_their_request_alone(ahead):
+    engine = Engine(NotNumbers(), num_pages=8, page_size=4, ahead=ahead)
     warm = SamplingParams(temperature=1.0, top_p=1.0, top_k=0)
     bad = Request([3], warm, 5, output=TextOutput(Letters()))
     good = make_request([4], 5)
@@ -316,9 +354,10 @@ def test_logits_that_are_not_numbers_fail_their_request_alone():
     assert good.output_ids == answer([4], 5)
 
 
-def test_a_request_ends_at_its_deadline_waiting_or_running():
+@each_way
+def test_a_request_ends_at_its_deadline_waiting_or_running(ahead):
     now = [0.0]
-    engine = Engine(FakeRunner(), num_pages=8, page_size=4, clock=lambda: now[0])
+    engine = Engine(FakeRunner(), num_pages=8, page_size=4, clock=lambda: now[0], ahead=ahead)
     running, waiting, free = make_request([1], 30), make_request([2], 30), make_request([3], 10)
     running.deadline = waiting.deadline = 5.0
     for request in (running, free):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -92,12 +92,16 @@ class Engine:
             batch = batch or self.scheduler.schedule(self._memory_limit, *self._beside_answers())
         if batch is None:
             return False
-        begun = self._clock()
-        self._compute(batch, logits)
+        started = self._clock()
+        try:
+            self._compute(batch, logits)
+        except BaseException:
+            self._begun = None  # it was given tokens that nobody gets
+            raise
         self._good_steps += 1
         if self._good_steps == RECOVERY_STEPS:
             self._memory_limit, self._good_steps = min(2 * self._memory_limit, self.scheduler.max_batch_tokens), 0
-        self._measure(batch, self._clock() - begun)
+        self._measure(batch, self._clock() - started)
         return True
 
     @contextmanager
@@ -143,8 +147,11 @@ class Engine:
         going = {chunk.request for chunk in following.chunks}
         rows = torch.tensor([row for row, request in enumerate(batch.sampling) if request in going])
         tokens = tokens.clamp(max=vocab - 1)  # beyond it where logits are no numbers
-        with suppress(Exception):  # what fails here fails again in a step of its own
+        try:
             self._begun = following, self.runner.run(following, tokens[to_device(rows, tokens.device)])
+        except Exception as error:  # what fails here fails again, in a step of its own
+            if is_out_of_memory(error):
+                _free_memory(error)
 
     def _compute(self, batch: ScheduledBatch, logits: Tensor | None = None) -> None:
         try:
@@ -152,9 +159,10 @@ class Engine:
             with one_thread(logits.device.type == "cpu" and logits.numel() <= ONE_THREAD_LOGITS):
                 failed, raw = self._adjust(batch.sampling, logits)
                 drawn = self._draw(batch.sampling, logits)
-                if self.ahead and not failed:
+                read = _on_its_way(drawn)
+                if self.ahead and not failed and not raw:  # the step ahead may overwrite these logits
                     self._give_ahead(batch, drawn, logits.shape[-1])
-                tokens = drawn.tolist()
+                tokens = read()
                 records = self._records(batch.sampling, tokens, raw)
         except Exception as error:
             failure = error
@@ -170,10 +178,9 @@ class Engine:
     def _retry(self, batch: ScheduledBatch, error: Exception) -> None:
         """Computes a batch that failed in two parts, or fails the request that it is about."""
         chunks, no_memory = batch.chunks, is_out_of_memory(error)
+        self._begun = None  # it was given tokens that are now drawn again
         if no_memory:
-            error.__traceback__ = None  # it holds the step's tensors
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _free_memory(error)
             self._memory_limit, self._good_steps = max(self.scheduler.page_size, batch.tokens // 2), 0
         if len(chunks) > 1:
             parts = [chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]]
@@ -200,7 +207,7 @@ class Engine:
             params = request.params
             changes = bool(params.logit_bias) or params.penalizes or request.guide is not None
             if params.logprobs is not None:
-                raw[row] = logits[row].clone() if changes or self.ahead else logits[row]
+                raw[row] = logits[row].clone() if changes else logits[row]
             if not changes:
                 continue
             try:
@@ -244,6 +251,8 @@ class Engine:
                     self._deliver(request, token)
                 except Exception as error:
                     self._fail(request, error)
+        if not self.scheduler.running:
+            self._begun = None
 
     def _deliver(self, request: Request, token: int) -> None:
         """Adds a token to its request's text, and ends the request if that was its last."""
@@ -274,6 +283,28 @@ class Engine:
 
 def _smoothed(before: float | None, now: float) -> float:
     return max(1e-9, now if before is None else 0.7 * before + 0.3 * now)
+
+
+def _on_its_way(tokens: Tensor) -> Callable[[], list[int]]:
+    """Begins to bring tokens to the host; what is called waits for them, and for nothing that the device does after."""
+    if not tokens.is_cuda:
+        return tokens.tolist
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+
+    def read() -> list[int]:
+        there.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def _free_memory(error: Exception) -> None:
+    error.__traceback__ = None  # it holds the step's tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

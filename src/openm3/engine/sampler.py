@@ -28,7 +28,8 @@ def sample(logits: Tensor, params: list[SamplingParams], seeds: list[int], place
     drawn = [i for i, p in enumerate(params) if p.temperature >= COLDEST]
     if not drawn:
         return logits.argmax(-1)
-    some = logits if len(drawn) == len(params) else logits[drawn]
+    rows = None if len(drawn) == len(params) else to_device(torch.tensor(drawn), logits.device)
+    some = logits if rows is None else logits[rows]
     column = [(p.temperature, p.top_p, uniform(seeds[i], places[i])) for i in drawn for p in (params[i],)]
     columns = to_device(torch.tensor(column, dtype=torch.float64), logits.device)
     temperature, top_p, point = columns.T.unsqueeze(-1)
@@ -37,13 +38,13 @@ def sample(logits: Tensor, params: list[SamplingParams], seeds: list[int], place
         scaled = _keep_min_p(scaled, [params[i].min_p for i in drawn])
     scaled = _keep_top_k(scaled, [params[i].top_k for i in drawn])
     if any(params[i].top_p < 1 for i in drawn):
-        scaled = _keep_top_p(scaled, top_p)
+        scaled = _keep_top_p(scaled, top_p, few=all(0 < params[i].top_k <= NUCLEUS_GUESS for i in drawn))
     mass = torch.softmax(scaled, -1, dtype=torch.float64).cumsum(-1)
     tokens = torch.searchsorted(mass, point * mass[:, -1:], right=True).squeeze(-1)
-    if len(drawn) == len(params):
+    if rows is None:
         return tokens
     out = logits.argmax(-1)
-    out[drawn] = tokens
+    out[rows] = tokens
     return out
 
 
@@ -123,14 +124,16 @@ def _keep_top_k(logits: Tensor, top_k: list[int]) -> Tensor:
     return logits.masked_fill(logits < lowest, -torch.inf)
 
 
-def _keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+def _keep_top_p(logits: Tensor, top_p: Tensor, few: bool) -> Tensor:
+    """few: at most NUCLEUS_GUESS are left in each row, but for those equal to the last of them, which stay with it.
+    Then nobody has to look, and wait for the device."""
     vocab = logits.shape[-1]
     total = logits.double().logsumexp(-1, keepdim=True)
     n = min(NUCLEUS_GUESS, vocab)
     while True:
         top = logits.topk(n).values  # descending
         mass = (top.double() - total).exp().cumsum(-1)
-        if n == vocab or bool((mass[:, -1:] >= top_p).all()):
+        if n == vocab or few or bool((mass[:, -1:] >= top_p).all()):
             break
         n = min(8 * n, vocab)
     crossing = (mass < top_p).sum(-1, keepdim=True).clamp(max=n - 1)

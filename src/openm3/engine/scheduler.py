@@ -69,6 +69,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.preemptions = 0
         self._arrivals = 0
+        self._changed = False  # whether anyone came or ended since the last `schedule`
 
     @property
     def capacity(self) -> int:
@@ -85,6 +86,7 @@ class Scheduler:
             )
         request.arrival = self._arrivals
         self._arrivals += 1
+        self._changed = True
         insort(self.waiting, request, key=rank)
 
     def expired(self, now: float) -> list[Request]:
@@ -103,6 +105,7 @@ class Scheduler:
             if request.state is State.RUNNING and request.computed + 1 == len(request.token_ids):
                 self._grow(request)
         self._admit()
+        self._changed = False
         decodes = [r for r in self.running if self._decodes(r)]
         prefills = [r for r in self.running if not self._decodes(r)]
         budget = self.max_batch_tokens - len(decodes)
@@ -122,8 +125,10 @@ class Scheduler:
 
     def following(self, batch: ScheduledBatch) -> ScheduledBatch | None:
         """The step after `batch`, before its tokens are known, its pages allocated: one more token of each answer that
-        goes on for all that is known. None where another step than that would come."""
-        if self.waiting or len(batch.sampling) != len(self.running) or len(batch.chunks) != len(self.running):
+        goes on for all that is known. None where another step than that would come, or somebody waits for this one."""
+        if self.waiting and self._changed:
+            return None
+        if len(batch.sampling) != len(self.running) or len(batch.chunks) != len(self.running):
             return None
         going = [c for c in batch.chunks if c.request.generated + 1 < c.request.max_tokens]
         missing = [max(0, self._pages_for(c.end + 1) - len(c.request.pages)) for c in going]
@@ -147,6 +152,7 @@ class Scheduler:
         if request.state is State.FINISHED:
             return
         request.finish_reason, request.state = reason, State.FINISHED
+        self._changed = True
         for queue in (self.running, self.waiting):
             if request in queue:
                 queue.remove(request)

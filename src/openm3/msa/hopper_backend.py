@@ -3,7 +3,7 @@
 decode     up to 16 query tokens a sequence: four launches, the context split over the card (`hopper_decode.py`)
 selection  of more: tiles of 256 rows through warp-specialized products (`hopper_select.py`), then as in decode
 attention  of more: tiles of neighbouring queries whose blocks are few walk their union, as dense attention walks all
-           blocks (`hopper_attend.py`); other tiles' queries are gathered by page (`hopper_gather.py`)
+           blocks (`hopper_attend.py`); other tiles' queries are gathered by page (`hopper_gather.py`, `hopper_page.py`)
 others     the portable kernels of `triton_backend.py`
 
 Grids follow from what the host knows of a plan, so a captured step follows lengths that change on the device.
@@ -438,12 +438,12 @@ def _gather(
     streamed = k.dtype == q.dtype and not triton_backend._interpreted()
     chunk = tuning.page_chunk if streamed else tuning.gather_chunk
     most = count // chunk + min(count, sum(-(-n // BLOCK) for n in plan.lens_k))
-    turns = kernels.by_page(blocks, plan, lo, hi, tile_of, lengths, len(k), chunk, most)
     part = torch.empty(hi - lo, plan.topk, group, DIM, dtype=torch.float16, device=q.device)
     unit, part_lse = (torch.empty(part.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     parts = (part, unit, part_lse)
-    attend = _by_page(call, k, v, turns, parts, most, lo) if streamed else None
     with on(q.device):
+        turns = kernels.by_page(blocks, plan, lo, hi, tile_of, lengths, len(k), chunk, most)
+        attend = _attend_by_page(call, k, v, turns, parts, most, lo) if streamed else None
         for r in range(hkv):
             if attend is not None:
                 attend(r)
@@ -462,7 +462,7 @@ def _gather(
             )  # fmt: skip
 
 
-def _by_page(
+def _attend_by_page(
     call: Call, k: Tensor, v: Tensor, turns: Turns, parts: tuple[Tensor, ...], most: int, lo: int
 ) -> Callable[[int], None]:
     """What attends with the queries of one KV head; its tensor maps are made once for all heads."""

@@ -1,9 +1,10 @@
 """Sparse attention of a prompt where neighbouring queries do not agree: keys outside, queries gathered.
 
-Whoever selected one page stands together (`by_page`), in chunks of at most CHUNK queries. A program keeps the page's
-keys and values and lets its queries pass, QUERIES at a time with all heads of a group, so that a page is read once in a
-chunk and no product works on rows that did not ask for it. Each pass leaves one partial output a (query, head, slot);
-joining them is a second kernel. The order of all follows from a stable sort: the same input gives the same bits.
+Whoever selected one page stands together (`by_page`), in chunks. A program keeps the page's keys and values and lets
+its queries pass with all heads of a group, so that a page is read once in a chunk and no product works on rows that did
+not ask for it: `attend_pages` (`hopper_page.py`) for bf16 and fp16 pages, `attend_gathered` here for fp8 ones, and for
+all in Triton's interpreter. Each pass leaves one partial output a (query, slot, head); joining them is a second kernel.
+The order of all follows from a stable sort: the same input gives the same bits.
 """
 
 from __future__ import annotations

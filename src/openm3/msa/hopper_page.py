@@ -117,6 +117,7 @@ def _attend(
             unit = gl.max(gl.abs(out), 1) * gl.abs(share)
             unit = gl.where(unit > 0.0, unit, 1.0)
             out *= (share / unit)[:, None]
+            barrier()  # all four warps have read the queries
             results.index(stage).store(out.to(gl.float16))
             barrier()
             x = results.index(stage).load(wide)

@@ -315,12 +315,12 @@ def reading(tools: list[Tool], meant: Tool) -> str:
 def which(rng: random.Random, talk: Talk, tools: list[Tool]) -> Case:
     """Each tool is asked for by its purpose, or the other way round."""
     for tool in rng.sample(tools, len(tools)):
-        if rng.random() < 0.75:
+        if rng.random() < 0.75 or not tool.purpose:
             asks = ("Which tool can {b} {o}?", "What do I use to {b} {o}?", "Which one can {b} {o}?",
                     "Name the tool to {b} {o}.")  # fmt: skip
             talk.ask(phrase(rng, asks, b=tool.verb, o=tool.object))
             talk.answer(f"Use {tool.name}.", thought=reading(tools, tool))
-        elif tool.purpose:
+        else:
             talk.ask(phrase(rng, ("What does {n} do?", "What is {n} for?", "What can {n} do?"), n=tool.name))
             talk.answer(f"{tool.purpose}.", thought=reading(tools, tool))
     return talk.case(tools=tools, arguments=None)
