@@ -5,7 +5,7 @@ Both sides build the same 4-layer M3 (hidden 256, 8/2 heads of 64, index 2 x 64,
 its peak memory is its own. transformers runs under a memory limit and is reported as out of memory when it hits it.
 
     python benchmarks/cpu_prefill.py                    # ours at 8 K to 131 K, transformers at 8 K
-    python benchmarks/cpu_prefill.py --baseline 16384   # needs 22.5 GiB
+    python benchmarks/cpu_prefill.py --lengths 16384 --baseline 16384 --limit-gib 26   # takes 22.9 GiB
 
 Decode at two lengths and a large copy take turns in one process, so that all three meet the same machine, and no cache
 of the processor keeps what one step read for the next.
