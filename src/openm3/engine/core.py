@@ -292,7 +292,7 @@ def _on_its_way(tokens: Tensor) -> Callable[[], list[int]]:
     host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
     host.copy_(tokens, non_blocking=True)
     there = torch.cuda.Event()
-    there.record()
+    there.record(torch.cuda.current_stream(tokens.device))
 
     def read() -> list[int]:
         there.synchronize()
