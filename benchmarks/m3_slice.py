@@ -92,8 +92,8 @@ class Slice:
             num_pages=pages,
             page_size=page,
             max_batch_tokens=batch * context,
-            ahead=model.device.type == "cuda",
-        )  # as LLM does
+            ahead=model.device.type == "cuda",  # as LLM does
+        )
         generator = torch.Generator(model.device).manual_seed(1)
         for layer in self.engine.runner.cache.layers:
             for tensor in (layer.k, layer.v, layer.index_k):

@@ -478,7 +478,13 @@ class Bench:
     def _prompts(self, side: str, cases: Callable, row: dict) -> None:
         """Each chunk of the longest prompt, run once before it is timed; a shorter prompt is the first of them."""
         s, clock, start = self.settings, self.clock, time.monotonic()
-        row |= {"method": "sums of measured chunks", "chunk": s.chunk, "select_ms": [], "attend_ms": [], "sums": {}}
+        row |= {
+            "method": "sums of chunks, each the median of three calls",
+            "chunk": s.chunk,
+            "select_ms": [],
+            "attend_ms": [],
+            "sums": {},
+        }
         for end in range(s.chunk, max(s.prompts) + 1, s.chunk):
             if not self.record.in_time() or time.monotonic() - start > STOP_WALK:
                 row["stopped"] = f"out of time before the chunk that ends at {end}"

@@ -144,11 +144,13 @@ class Engine:
             following = self.scheduler.following(batch)
         if following is None:
             return
-        going = {chunk.request for chunk in following.chunks}
-        rows = torch.tensor([row for row, request in enumerate(batch.sampling) if request in going])
         tokens = tokens.clamp(max=vocab - 1)  # beyond it where logits are no numbers
+        if len(following.chunks) < len(tokens):
+            going = {chunk.request for chunk in following.chunks}
+            rows = torch.tensor([row for row, request in enumerate(batch.sampling) if request in going])
+            tokens = tokens[to_device(rows, tokens.device)]
         try:
-            self._begun = following, self.runner.run(following, tokens[to_device(rows, tokens.device)])
+            self._begun = following, self.runner.run(following, tokens)
         except Exception as error:  # what fails here fails again, in a step of its own
             if is_out_of_memory(error):
                 _free_memory(error)
@@ -251,12 +253,10 @@ class Engine:
                     self._deliver(request, token)
                 except Exception as error:
                     self._fail(request, error)
-        if not self.scheduler.running:
-            self._begun = None
 
     def _deliver(self, request: Request, token: int) -> None:
         """Adds a token to its request's text, and ends the request if that was its last."""
-        if self._ends(request, token):
+        if token in request.eos_ids or token in request.params.stop_token_ids:
             request.output.finish()
             self._finish(request, "stop")
         elif request.output.push(token):
@@ -266,10 +266,6 @@ class Engine:
             self._finish(request, "stop")
         elif request.generated >= request.max_tokens:
             self._finish(request, "stop" if request.output.finish() else "length")
-
-    @staticmethod
-    def _ends(request: Request, token: int) -> bool:
-        return token in request.eos_ids or token in request.params.stop_token_ids
 
     def _fail(self, request: Request, error: Exception) -> None:
         request.error = error

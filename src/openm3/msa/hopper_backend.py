@@ -433,7 +433,7 @@ def _gather(
 
     q, hkv, index_heads, tuning = call.q, k.shape[1], len(blocks), TUNING
     tokens, heads, _ = q.shape
-    group, share = heads // hkv, hkv // index_heads
+    group = heads // hkv
     count = (hi - lo) * plan.topk
     streamed = k.dtype == q.dtype and not triton_backend._interpreted()
     chunk = tuning.page_chunk if streamed else tuning.gather_chunk
@@ -443,43 +443,54 @@ def _gather(
     parts = (part, unit, part_lse)
     with on(q.device):
         turns = kernels.by_page(blocks, plan, lo, hi, tile_of, lengths, len(k), chunk, most)
-        attend = _attend_by_page(call, k, v, turns, parts, most, lo) if streamed else None
+        attend = (_attend_streamed if streamed else _attend_gathered)(call, k, v, turns, parts, lo)
         for r in range(hkv):
-            if attend is not None:
-                attend(r)
-            else:
-                kernels.attend_gathered[(most,)](
-                    q, _pages(k, BLOCK), _pages(v, BLOCK), *call.scales, turns.pages, turns.entries, turns.lasts,
-                    turns.starts, turns.chunks, *parts, q.stride(0), q.stride(1), *call.strides[-4:], count, most, lo,
-                    r, *call.factors, GROUP=group, SHARE=share, TOPK=plan.topk, QUERIES=tuning.gather_rows // group,
-                    CHUNK=chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
-                    V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=tuning.gather_stages,
-                    num_warps=4,
-                )  # fmt: skip
+            attend(r)
             kernels.join_slots[(hi - lo,)](
                 *parts, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads, GROUP=group,
-                SHARE=share, TOPK=plan.topk, D=DIM, num_warps=tuning.join_warps,
+                SHARE=hkv // index_heads, TOPK=plan.topk, D=DIM, num_warps=tuning.join_warps,
             )  # fmt: skip
 
 
-def _attend_by_page(
-    call: Call, k: Tensor, v: Tensor, turns: Turns, parts: tuple[Tensor, ...], most: int, lo: int
+# What attends with the queries of one KV head; its tensor maps are made once for all heads.
+
+
+def _attend_streamed(
+    call: Call, k: Tensor, v: Tensor, turns: Turns, parts: tuple[Tensor, ...], lo: int
 ) -> Callable[[int], None]:
-    """What attends with the queries of one KV head; its tensor maps are made once for all heads."""
     from openm3.msa import hopper_page
 
-    q, hkv = call.q, k.shape[1]
-    group, share = q.shape[1] // hkv, hkv // len(turns.pages)
+    q, hkv, count, most = call.q, k.shape[1], turns.pages.shape[1], turns.starts.shape[1] - 1
     if q.data_ptr() % 16 or any(stride * q.itemsize % 16 for stride in q.stride()[:2]):
         q = q.contiguous()
-    programs = min(most, triton_backend._multiprocessors(q.device))
+    group, programs = q.shape[1] // hkv, min(most, triton_backend._multiprocessors(q.device))
     maps = (_swizzled(q, [1, group, DIM // 2]), _swizzled_pages(k, BLOCK, DIM // 2), _swizzled_pages(v, BLOCK))
 
     def attend(r: int) -> None:
         hopper_page.attend_pages[(programs,)](
-            *maps, turns.pages, turns.entries, turns.lasts, turns.starts, turns.chunks, *parts, turns.pages.shape[1],
-            most, lo, r, *call.factors, GROUP=group, SHARE=share, TOPK=parts[0].shape[1], BLOCK=BLOCK, D=DIM,
+            *maps, turns.pages, turns.entries, turns.lasts, turns.starts, turns.chunks, *parts, count, most, lo, r,
+            *call.factors, GROUP=group, SHARE=hkv // len(turns.pages), TOPK=parts[0].shape[1], BLOCK=BLOCK, D=DIM,
             STAGES=TUNING.page_stages, num_warps=4,
+        )  # fmt: skip
+
+    return attend
+
+
+def _attend_gathered(
+    call: Call, k: Tensor, v: Tensor, turns: Turns, parts: tuple[Tensor, ...], lo: int
+) -> Callable[[int], None]:
+    from openm3.msa import hopper_gather
+
+    q, hkv, count, most = call.q, k.shape[1], turns.pages.shape[1], turns.starts.shape[1] - 1
+    group, maps = q.shape[1] // hkv, (_pages(k, BLOCK), _pages(v, BLOCK))
+
+    def attend(r: int) -> None:
+        hopper_gather.attend_gathered[(most,)](
+            q, *maps, *call.scales, turns.pages, turns.entries, turns.lasts, turns.starts, turns.chunks, *parts,
+            q.stride(0), q.stride(1), *call.strides[-4:], count, most, lo, r, *call.factors, GROUP=group,
+            SHARE=hkv // len(turns.pages), TOPK=parts[0].shape[1], QUERIES=TUNING.gather_rows // group,
+            CHUNK=TUNING.gather_chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
+            V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=TUNING.gather_stages, num_warps=4,
         )  # fmt: skip
 
     return attend

@@ -21,7 +21,6 @@ from openm3.msa.triton_select import to_dot
 
 INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
-BLOCK = 128
 WIDE = 1024  # entries that one program puts in order
 PASSING = tl.constexpr("evict_first")  # parts are more than the L2 holds, and would drive the queries out of it
 
@@ -60,7 +59,7 @@ def by_page(
     counted = begins.flatten().cumsum(0, dtype=torch.int32)
     whose_turn[grid](
         keys, order, counted, blocks, plan.positions, pages, entries, lasts, starts, chunks, count, most, lo, tokens,
-        pool, TOPK=topk, BLOCK=BLOCK, WIDE=WIDE, num_warps=4,
+        pool, TOPK=topk, BLOCK=plan.block_size, WIDE=WIDE, num_warps=4,
     )  # fmt: skip
     return Turns(pages, entries, lasts, starts, chunks)
 
