@@ -337,7 +337,7 @@ JOBS: dict[str, Job] = {
         ((8 * K, 128 * K, "random"), (8 * K, 128 * K, "clustered"), (8 * K, M, "random"), (8 * K, 32 * K, "random")),
         partial(chunk_parts, "attend"),
         (
-            dict(page_chunk=32), dict(page_chunk=128), dict(page_stages=4), dict(join_warps=2), dict(join_warps=8),
+            dict(page_window=1024), dict(page_window=4096), dict(join_heads=4), dict(join_warps=2), dict(join_warps=8),
             dict(union=1.5), dict(union=2), dict(union=4), dict(union=8),
         ),
     ),

@@ -34,6 +34,7 @@ BLOCK = DIM = 128
 GROUPS, TOPKS, INDEX_HEADS = (8, 16), (8, 16, 32), (1, 2, 4)
 TILE_ROWS = 256  # (query, index head) pairs that one program scores
 TILE = 128  # rows of a tile of attention
+PASS_ROWS = 64  # of a pass of gathered queries
 UNITED = 8  # neighbouring queries that walk the union of their blocks: a bit each
 MOST_ROWS = 64  # of the narrow operand in decode: (query, head) pairs
 MOST_QUERIES = 16  # tokens a sequence that are still a decode step
@@ -65,9 +66,9 @@ class Tuning:
     tile_blocks: int = 64  # that one program scores
     union: float = 2.5  # times top-k blocks in a tile's union, above which its queries are gathered
     union_stages: int = 2
-    page_chunk: int = 64  # queries that pass a page before its program takes the next
-    page_stages: int = 6
+    page_window: int = 2048  # gathered queries that take their turns together
     join_warps: int = 4
+    join_heads: int = 8
     gather_rows: int = 64  # query heads that pass an fp8 page at a time
     gather_chunk: int = 32  # queries of one program
     gather_stages: int = 2
@@ -401,27 +402,55 @@ def _attend_prompt(
     from openm3.msa import triton_attend
 
     q = call.q
-    (tokens, heads, _), hkv, index_heads, device = q.shape, k.shape[1], len(blocks), q.device
+    tokens, index_heads, device = len(q), len(blocks), q.device
     out, lse = _results(q)
-    # Parts of the gathered queries of one KV head, and lists, stay in the workspace.
-    query_bytes = (heads // hkv) * plan.topk * (2 * DIM + 8) + index_heads * plan.topk * 64
-    most = max(UNITED, plan.workspace_bytes // query_bytes // UNITED * UNITED)
+    most = _most_queries(q, k, index_heads, plan)
     tiles, pieces = once(plan, ("pieces", most), lambda: _pieces(plan, most))
-    limit = (k.dtype != FP8 and int(TUNING.union * plan.topk)) or -1  # a tile without blocks has a union of 0
+    limit = int(TUNING.union * plan.topk) if k.dtype != FP8 else 0
     for a, n, lo, hi, tile_of in pieces:
-        lists = torch.empty(n, index_heads, UNITED * plan.topk, dtype=torch.int32, device=device)
-        lengths = torch.empty(n, index_heads, dtype=torch.int32, device=device)
-        with on(device):
-            triton_attend.unite_blocks[(n, index_heads)](
-                blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=UNITED, TOPK=plan.topk,
-                TOPK_PAD=plan.topk, num_warps=max(1, min(8, UNITED * plan.topk // 32)),
-            )  # fmt: skip
-        lengths.masked_fill_(lengths > limit, -1)
-        if limit > 0:
+        lengths = torch.full((n, index_heads), -1, dtype=torch.int32, device=device)
+        if limit:
+            lists = torch.empty(n, index_heads, UNITED * plan.topk, dtype=torch.int32, device=device)
+            with on(device):
+                triton_attend.unite_blocks[(n, index_heads)](
+                    blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=UNITED, TOPK=plan.topk,
+                    TOPK_PAD=plan.topk, LIMIT=limit, num_warps=max(1, min(8, UNITED * plan.topk // 32)),
+                )  # fmt: skip
             _attend_tiles(q, k, v, plan, softmax_scale, tiles, a, n, lists, lengths, out, lse)
         if limit < UNITED * plan.topk:
             _gather(call, k, v, blocks, plan, lo, hi, tile_of, lengths, out, lse)
     return out, lse
+
+
+def _passes(q: Tensor, k: Tensor, queries: int, plan: Plan) -> dict[str, int]:
+    """How gathered queries are cut, as `by_page` takes it: so many a pass, into shares if they are streamed. Each
+    window reads the pages again: there are as many as cost a fourth of what reading all queries anew would."""
+    if k.dtype != q.dtype or triton_backend._interpreted():
+        return dict(chunk=TUNING.gather_chunk)
+    group, most = (
+        q.shape[1] // k.shape[1],
+        1 + queries * plan.topk * (q.shape[1] // k.shape[1]) // (8 * BLOCK * _seen(plan)),
+    )
+    windows = max(1, min(-(-queries // TUNING.page_window), most))
+    return dict(chunk=PASS_ROWS // group, windows=windows, shares=windows * triton_backend._multiprocessors(q.device))
+
+
+def _seen(plan: Plan) -> int:
+    """Blocks of all sequences."""
+    return max(1, sum(-(-n // BLOCK) for n in plan.lens_k))
+
+
+def _most_queries(q: Tensor, k: Tensor, index_heads: int, plan: Plan) -> int:
+    """So many that the parts of the gathered ones, for one KV head, and lists stay in the workspace."""
+    passes = _passes(q, k, len(q), plan)
+    part = (q.shape[1] // k.shape[1]) * (2 * DIM + 8)
+    each, spare, shares = plan.topk * (part + index_heads * 64), (passes["chunk"] - 1) * part, passes.get("shares", 0)
+    if not shares:
+        return max(UNITED, plan.workspace_bytes // each // UNITED * UNITED)
+    room = plan.workspace_bytes - spare * shares
+    few = room // (each + spare * plan.topk)  # each pair with a chunk of its own, or each page with two a window
+    many = (room - spare * 2 * _seen(plan) * passes["windows"]) // each
+    return max(UNITED, few // UNITED * UNITED, many // UNITED * UNITED)
 
 
 def _gather(
@@ -432,23 +461,21 @@ def _gather(
     from openm3.msa import hopper_gather as kernels
 
     q, hkv, index_heads, tuning = call.q, k.shape[1], len(blocks), TUNING
-    tokens, heads, _ = q.shape
+    heads = q.shape[1]
     group = heads // hkv
-    count = (hi - lo) * plan.topk
-    streamed = k.dtype == q.dtype and not triton_backend._interpreted()
-    chunk = tuning.page_chunk if streamed else tuning.gather_chunk
-    most = count // chunk + min(count, sum(-(-n // BLOCK) for n in plan.lens_k))
-    part = torch.empty(hi - lo, plan.topk, group, DIM, dtype=torch.float16, device=q.device)
-    unit, part_lse = (torch.empty(part.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    parts = (part, unit, part_lse)
+    half = min(group, tuning.join_heads)
+    passes = _passes(q, k, hi - lo, plan)
     with on(q.device):
-        turns = kernels.by_page(blocks, plan, lo, hi, tile_of, lengths, len(k), chunk, most)
-        attend = (_attend_streamed if streamed else _attend_gathered)(call, k, v, turns, parts, lo)
+        turns = kernels.by_page(blocks, plan, lo, hi, tile_of, lengths, len(k), **passes)
+        part = torch.empty(turns.room, group, DIM, dtype=torch.float16, device=q.device)
+        unit, part_lse = (torch.empty(part.shape[:2], dtype=torch.float32, device=q.device) for _ in range(2))
+        parts = (part, unit, part_lse)
+        attend = (_attend_streamed if "shares" in passes else _attend_gathered)(call, k, v, turns, parts, lo)
         for r in range(hkv):
             attend(r)
-            kernels.join_slots[(hi - lo,)](
-                *parts, out, lse, blocks, tile_of, lengths, lo, tokens, heads, r, HEADS=index_heads, GROUP=group,
-                SHARE=hkv // index_heads, TOPK=plan.topk, D=DIM, num_warps=tuning.join_warps,
+            kernels.join_slots[(hi - lo, group // half)](
+                *parts, out, lse, turns.places, turns.places.shape[1], lo, heads, r, GROUP=group,
+                SHARE=hkv // index_heads, HALF=half, TOPK=plan.topk, D=DIM, num_warps=tuning.join_warps,
             )  # fmt: skip
 
 
@@ -460,17 +487,18 @@ def _attend_streamed(
 ) -> Callable[[int], None]:
     from openm3.msa import hopper_page
 
-    q, hkv, count, most = call.q, k.shape[1], turns.pages.shape[1], turns.starts.shape[1] - 1
+    q, hkv, count, most = call.q, k.shape[1], turns.pages.shape[1], turns.starts.shape[1] - 2
     if q.data_ptr() % 16 or any(stride * q.itemsize % 16 for stride in q.stride()[:2]):
         q = q.contiguous()
-    group, programs = q.shape[1] // hkv, min(most, triton_backend._multiprocessors(q.device))
+    (part, *others), group, shares = parts, q.shape[1] // hkv, turns.firsts.shape[1] - 1
     maps = (_swizzled(q, [1, group, DIM // 2]), _swizzled_pages(k, BLOCK, DIM // 2), _swizzled_pages(v, BLOCK))
+    part_map = _swizzled(part.view(-1, DIM), [PASS_ROWS, DIM])
 
     def attend(r: int) -> None:
-        hopper_page.attend_pages[(programs,)](
-            *maps, turns.pages, turns.entries, turns.lasts, turns.starts, turns.chunks, *parts, count, most, lo, r,
-            *call.factors, GROUP=group, SHARE=hkv // len(turns.pages), TOPK=parts[0].shape[1], BLOCK=BLOCK, D=DIM,
-            STAGES=TUNING.page_stages, num_warps=4,
+        hopper_page.attend_pages[(min(shares, triton_backend._multiprocessors(q.device)),)](
+            *maps, part_map, *others, turns.pages, turns.queries, turns.lasts, turns.starts, turns.firsts, count, most,
+            shares, lo, r, *call.factors, GROUP=group, SHARE=hkv // len(turns.pages), BLOCK=BLOCK, D=DIM,
+            num_warps=4,
         )  # fmt: skip
 
     return attend
@@ -481,16 +509,16 @@ def _attend_gathered(
 ) -> Callable[[int], None]:
     from openm3.msa import hopper_gather
 
-    q, hkv, count, most = call.q, k.shape[1], turns.pages.shape[1], turns.starts.shape[1] - 1
+    q, hkv, count, most = call.q, k.shape[1], turns.pages.shape[1], turns.starts.shape[1] - 2
     group, maps = q.shape[1] // hkv, (_pages(k, BLOCK), _pages(v, BLOCK))
 
     def attend(r: int) -> None:
         hopper_gather.attend_gathered[(most,)](
-            q, *maps, *call.scales, turns.pages, turns.entries, turns.lasts, turns.starts, turns.chunks, *parts,
+            q, *maps, *call.scales, turns.pages, turns.queries, turns.lasts, turns.starts, turns.firsts, *parts,
             q.stride(0), q.stride(1), *call.strides[-4:], count, most, lo, r, *call.factors, GROUP=group,
-            SHARE=hkv // len(turns.pages), TOPK=parts[0].shape[1], QUERIES=TUNING.gather_rows // group,
-            CHUNK=TUNING.gather_chunk, BLOCK=BLOCK, D=DIM, K_SCALED=call.switches["K_SCALED"],
-            V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"], STAGES=TUNING.gather_stages, num_warps=4,
+            SHARE=hkv // len(turns.pages), QUERIES=TUNING.gather_rows // group, CHUNK=TUNING.gather_chunk, BLOCK=BLOCK,
+            D=DIM, K_SCALED=call.switches["K_SCALED"], V_SCALED=call.switches["V_SCALED"], DOT=call.switches["DOT"],
+            STAGES=TUNING.gather_stages, num_warps=4,
         )  # fmt: skip
 
     return attend

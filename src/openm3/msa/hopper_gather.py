@@ -27,49 +27,69 @@ PASSING = tl.constexpr("evict_first")  # parts are more than the L2 holds, and w
 
 @dataclass(frozen=True)
 class Turns:
-    """Entries (query, slot) in the order of their pages, int32 [Hi, E]: `pages`, `entries` (query * topk + slot),
-    `lasts` (the last key of its page that the query sees). Chunk c of the first `chunks` [Hi] begins at `starts`
-    [Hi, most + 1], and ends where the next one does."""
+    """Pairs of a query and one of its blocks in the order of their window of queries, their page, and whether they see
+    all of it; int32 [Hi, E]: `pages`, `queries` (counted from the first of the piece), `lasts` (the last key of its
+    page that the query sees). Chunk c begins at starts[c] // 2, `starts` [Hi, most + 2], and ends where the next one
+    does; it is odd where all see all. Share n of the pairs has chunks firsts[n] .. firsts[n + 1], and the last of
+    `firsts` [Hi, shares + 1] is how many there are. Where the result of (query, slot) is put: `places` [Hi, E], -1 for
+    none, -2 for one of a tile that is not gathered, `room` at most."""
 
     pages: Tensor
-    entries: Tensor
+    queries: Tensor
     lasts: Tensor
     starts: Tensor
-    chunks: Tensor
+    firsts: Tensor
+    places: Tensor
+    room: int
 
 
 def by_page(
-    blocks: Tensor, plan: Plan, lo: int, hi: int, tile_of: Tensor, lengths: Tensor, pool: int, chunk: int, most: int
-) -> Turns:
-    """The entries of queries lo .. hi, of blocks [Hi, T, topk], whose tile (`tile_of`) has a negative length [n, Hi].
+    blocks: Tensor, plan: Plan, lo: int, hi: int, tile_of: Tensor, lengths: Tensor, pool: int, chunk: int,
+    shares: int = 0, windows: int = 1,
+) -> Turns:  # fmt: skip
+    """The pairs of queries lo .. hi, of blocks [Hi, T, topk], whose tile (`tile_of`) has a negative length [n, Hi].
 
-    A chunk is at most `chunk` entries of one page of `pool`, and there are at most `most`."""
+    A chunk is of one page of `pool`, and ends at a multiple of `chunk` at the latest. With `shares`, it ends instead
+    where one of so many equal shares does, and passes through its page `chunk` pairs at a time, the last ones of which
+    may be fewer: there is room for the results of whole passes. Whoever takes shares in turn keeps to one of `windows`
+    equal runs of queries for a while, which the L2 may then hold."""
     heads, tokens, topk = blocks.shape
     count, device = (hi - lo) * topk, blocks.device
-    keys, pages, entries, lasts = (torch.empty(heads, count, dtype=torch.int32, device=device) for _ in range(4))
-    begins, starts = torch.empty_like(keys), torch.empty(heads, most + 1, dtype=torch.int32, device=device)
-    chunks = torch.empty(heads, dtype=torch.int32, device=device)
-    grid = (triton.cdiv(count, WIDE), heads)
+    seen = sum(-(-n // plan.block_size) for n in plan.lens_k)
+    most = (shares or -(-count // chunk)) + min(count, 2 * seen * windows)
+    spare = chunk - 1 if shares else 0
+
+    def row(n: int) -> Tensor:
+        return torch.empty(heads, n, dtype=torch.int32, device=device)
+
+    keys, begins, pages, queries, lasts, places = (row(count) for _ in range(6))
+    starts, firsts, totals = row(most + 2), row(shares + 1), row(1).zero_()
+    window = -(-(hi - lo) // windows)
+    grid, cut = (triton.cdiv(count, WIDE), heads), dict(SHARES=shares, CHUNK=chunk, WIDE=WIDE, num_warps=4)
     page_keys[grid](
-        blocks, plan.page_table, plan.seq_ids, tile_of, lengths, keys, count, lo, tokens, plan.page_table.stride(0),
-        plan.page_table.stride(1), pool, HEADS=heads, TOPK=topk, WIDE=WIDE, num_warps=4,
+        blocks, plan.page_table, plan.seq_ids, plan.positions, tile_of, lengths, keys, totals, count, lo, tokens,
+        plan.page_table.stride(0), plan.page_table.stride(1), pool, window, windows, HEADS=heads, TOPK=topk,
+        BLOCK=plan.block_size, WIDE=WIDE, num_warps=4,
     )  # fmt: skip
     keys, order = keys.flatten().sort(stable=True)
-    chunk_begins[grid](keys, begins, count, count.bit_length(), pool, CHUNK=chunk, WIDE=WIDE, num_warps=4)
+    chunk_begins[grid](keys, begins, totals, count, **cut)
     counted = begins.flatten().cumsum(0, dtype=torch.int32)
     whose_turn[grid](
-        keys, order, counted, blocks, plan.positions, pages, entries, lasts, starts, chunks, count, most, lo, tokens,
-        pool, TOPK=topk, BLOCK=plan.block_size, WIDE=WIDE, num_warps=4,
+        keys, order, counted, totals, blocks, plan.positions, pages, queries, lasts, starts, firsts, places, count,
+        most, lo, tokens, pool, windows, tile_of, lengths, HEADS=heads, SPARE=spare, TOPK=topk,
+        BLOCK=plan.block_size, **cut,
     )  # fmt: skip
-    return Turns(pages, entries, lasts, starts, chunks)
+    return Turns(pages, queries, lasts, starts, firsts, places, count + spare * most)
 
 
-@triton.jit(do_not_specialize=["count", "lo", "tokens", "table_row", "table_column", "pool"])
+@triton.jit(do_not_specialize=["count", "lo", "tokens", "table_row", "table_column", "pool", "window", "windows"])
 def page_keys(
-    blocks_ptr, table_ptr, seq_ptr, tile_ptr, length_ptr, keys_ptr, count, lo, tokens, table_row, table_column,
-    pool, HEADS: tl.constexpr, TOPK: tl.constexpr, WIDE: tl.constexpr,
+    blocks_ptr, table_ptr, seq_ptr, positions_ptr, tile_ptr, length_ptr, keys_ptr, totals_ptr, count, lo, tokens,
+    table_row, table_column, pool, window, windows, HEADS: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What one head's entries are sorted by: head, page; behind all pages those that are not gathered."""
+    """What one head's pairs are sorted by: head, window, page, whether all of it is seen; behind all those that are not
+    gathered. How many are."""
     row = tl.program_id(1)
     at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     real = at < count
@@ -79,55 +99,78 @@ def page_keys(
     wanted = (tl.load(length_ptr + tile * HEADS + row, mask=real, other=0) < 0) & (block >= 0)
     seq = tl.load(seq_ptr + lo + query, mask=real, other=0)
     page = tl.load(table_ptr + seq * table_row + block * table_column, mask=wanted, other=0)
-    key = tl.where(wanted, page, pool) + row * (pool + 1)
-    tl.store(keys_ptr + row * count + at, key, mask=real)
+    whole = tl.load(positions_ptr + lo + query, mask=real, other=-1) - block * BLOCK >= BLOCK - 1
+    key = 2 * tl.where(wanted, query // window * pool + page, windows * pool) + (wanted & whole)
+    tl.store(keys_ptr + row * count + at, key + row * (2 * windows * pool + 1), mask=real)
+    tl.atomic_add(totals_ptr + row, tl.sum(wanted.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["count", "steps", "pool"])
-def chunk_begins(keys_ptr, begins_ptr, count, steps, pool, CHUNK: tl.constexpr, WIDE: tl.constexpr):
-    """1 where a chunk of one head's sorted entries begins: every CHUNK places from the first of a page."""
+@triton.jit
+def _cut(total, SHARES: tl.constexpr, CHUNK: tl.constexpr):
+    """At which multiples a chunk ends, of `total` pairs."""
+    if SHARES:
+        return tl.maximum(tl.cdiv(total, SHARES * CHUNK), 1) * CHUNK
+    else:
+        return CHUNK
+
+
+@triton.jit(do_not_specialize=["count"])
+def chunk_begins(
+    keys_ptr, begins_ptr, totals_ptr, count, SHARES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr
+):
+    """1 where a chunk of one head's sorted pairs begins."""
     row = tl.program_id(1)
     at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     real = at < count
     keys_ptr += row * count
     key = tl.load(keys_ptr + at, mask=real, other=0)
-    low, high = tl.zeros_like(at), at
-    for _ in range(steps):  # the first place of this key
-        middle = (low + high) // 2
-        less = tl.load(keys_ptr + middle, mask=real, other=0) < key
-        low = tl.where(less, middle + 1, low)
-        high = tl.where(less, high, middle)
-    begins = (key - row * (pool + 1) < pool) & ((at - low) % CHUNK == 0)
+    before = tl.load(keys_ptr + at - 1, mask=real & (at > 0), other=-1)
+    total = tl.load(totals_ptr + row)
+    begins = (at < total) & ((key != before) | (at % _cut(total, SHARES, CHUNK) == 0))
     tl.store(begins_ptr + row * count + at, begins.to(tl.int32), mask=real)
 
 
-@triton.jit(do_not_specialize=["count", "most", "lo", "tokens", "pool"])
+@triton.jit(do_not_specialize=["count", "most", "lo", "tokens", "pool", "windows"])
 def whose_turn(
-    keys_ptr, order_ptr, counted_ptr, blocks_ptr, positions_ptr, pages_ptr, entries_ptr, lasts_ptr, starts_ptr,
-    chunks_ptr, count, most, lo, tokens, pool, TOPK: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    keys_ptr, order_ptr, counted_ptr, totals_ptr, blocks_ptr, positions_ptr, pages_ptr, queries_ptr, lasts_ptr,
+    starts_ptr, firsts_ptr, places_ptr, count, most, lo, tokens, pool, windows, tile_ptr, length_ptr,
+    HEADS: tl.constexpr, SPARE: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+    CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One head's places in the order, WIDE of them: the page, the entry there, how far it sees; where chunks begin."""
+    """One head's places in the order, WIDE of them: the page, whose pair is there, how far it sees, where its result
+    goes; where chunks and shares begin."""
     row = tl.program_id(1)
     at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     real = at < count
     here = row * count + at
-    page = tl.load(keys_ptr + here, mask=real, other=0) - row * (pool + 1)
-    entry = (tl.load(order_ptr + here, mask=real, other=0) - row * count).to(tl.int32)
-    block = tl.load(blocks_ptr + (row.to(tl.int64) * tokens + lo) * TOPK + entry, mask=real, other=0)
-    position = tl.load(positions_ptr + lo + entry // TOPK, mask=real, other=-1).to(tl.int32)
-    tl.store(pages_ptr + here, page, mask=real)
-    tl.store(entries_ptr + here, entry, mask=real)
+    key = tl.load(keys_ptr + here, mask=real, other=0) - row * (2 * windows * pool + 1)
+    pair = (tl.load(order_ptr + here, mask=real, other=0) - row * count).to(tl.int32)
+    block = tl.load(blocks_ptr + (row.to(tl.int64) * tokens + lo) * TOPK + pair, mask=real, other=0)
+    position = tl.load(positions_ptr + lo + pair // TOPK, mask=real, other=-1).to(tl.int32)
+    tl.store(pages_ptr + here, (key >> 1) % pool, mask=real)
+    tl.store(queries_ptr + here, pair // TOPK, mask=real)
     tl.store(lasts_ptr + here, position - block * BLOCK, mask=real)
     before = tl.load(counted_ptr + row * count - 1, mask=row > 0, other=0)
-    counted = tl.load(counted_ptr + here, mask=real, other=0) - before
+    chunk = tl.load(counted_ptr + here, mask=real, other=0) - before - 1
     earlier = tl.load(counted_ptr + here - 1, mask=real & (at > 0), other=0)
-    earlier = tl.where(at > 0, earlier - before, 0)
-    starts_ptr += row * (most + 1)
-    tl.store(starts_ptr + counted - 1, at, mask=real & (counted > earlier))
-    following = tl.load(keys_ptr + here + 1, mask=at + 1 < count, other=0) - row * (pool + 1)
-    ends = (page < pool) & ((at + 1 == count) | (following == pool))
-    tl.store(starts_ptr + counted, at + 1, mask=real & ends)
-    tl.store(chunks_ptr + row + 0 * at, counted, mask=at + 1 == count)
+    begins = real & (chunk > tl.where(at > 0, earlier - before - 1, -1))
+    total = tl.load(totals_ptr + row)
+    tile = tl.load(tile_ptr + pair // TOPK, mask=real & (at >= total), other=0)
+    nowhere = tl.where(tl.load(length_ptr + tile * HEADS + row, mask=real & (at >= total), other=0) < 0, -1, -2)
+    tl.store(places_ptr + row * count + pair, tl.where(at < total, at + chunk * SPARE, nowhere), mask=real)
+    starts_ptr += row * (most + 2)
+    firsts_ptr += row * (SHARES + 1)
+    tl.store(starts_ptr + chunk, 2 * at + (key & 1), mask=begins)
+    cut = _cut(total, SHARES, CHUNK)
+    if SHARES:
+        tl.store(firsts_ptr + at // cut, chunk, mask=begins & (at % cut == 0))
+    if tl.program_id(0) == 0:
+        chunks = tl.load(counted_ptr + (row + 1) * count - 1) - before
+        tl.store(starts_ptr + chunks, 2 * total)
+        tl.store(starts_ptr + chunks + 1, 2 * total)
+        share = tl.arange(0, triton.next_power_of_2(SHARES + 1))
+        none = ((share * cut >= total) & (share < SHARES)) | (share == SHARES)
+        tl.store(firsts_ptr + share, chunks + 0 * share, mask=none)
 
 
 @triton.jit
@@ -138,23 +181,23 @@ def of_row(values, nth, at):
 
 @triton.jit(do_not_specialize=["count", "most", "lo", "head0"])
 def attend_gathered(
-    q_ptr, k_pages, v_pages, k_scale_ptr, v_scale_ptr, pages_ptr, entries_ptr, lasts_ptr, starts_ptr, chunks_ptr,
+    q_ptr, k_pages, v_pages, k_scale_ptr, v_scale_ptr, pages_ptr, queries_ptr, lasts_ptr, starts_ptr, firsts_ptr,
     part_ptr, unit_ptr, part_lse_ptr, q_token, q_head, k_scale_page, k_scale_head, v_scale_page, v_scale_head, count,
-    most, lo, head0, score_mul, v_mul, GROUP: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr,
-    QUERIES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, K_SCALED: tl.constexpr,
-    V_SCALED: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    most, lo, head0, score_mul, v_mul, GROUP: tl.constexpr, SHARE: tl.constexpr, QUERIES: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, K_SCALED: tl.constexpr, V_SCALED: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of queries and one KV head. Parts of queries lo .. lie as [query, slot, head of the group, D], float16
-    in units of a row's largest number: bfloat16 would round the result twice."""
+    """One chunk of queries lo .. and one KV head. Parts lie as [place, head of the group, D], float16 in units of a
+    row's largest number: bfloat16 would round the result twice."""
     r = head0 + tl.program_id(1)
     row = (r // SHARE).to(tl.int64)
-    if tl.program_id(0) < tl.load(chunks_ptr + row):
-        start = tl.load(starts_ptr + row * (most + 1) + tl.program_id(0))
-        turns = tl.load(starts_ptr + row * (most + 1) + tl.program_id(0) + 1) - start
+    if tl.program_id(0) < tl.load(firsts_ptr + row):
+        start = tl.load(starts_ptr + row * (most + 2) + tl.program_id(0)) // 2
+        turns = tl.load(starts_ptr + row * (most + 2) + tl.program_id(0) + 1) // 2 - start
         page = tl.load(pages_ptr + row * count + start)
         nth = tl.arange(0, CHUNK)
         # Whose turn it will be is read once: in the loop it would stand before the queries' own latency.
-        entry = tl.load(entries_ptr + row * count + start + nth, mask=nth < turns, other=0)
+        query = tl.load(queries_ptr + row * count + start + nth, mask=nth < turns, other=0)
         last = tl.load(lasts_ptr + row * count + start + nth, mask=nth < turns, other=-1)
         k = tl.trans(to_dot(k_pages.load([page, r, 0, 0]).reshape([BLOCK, D]), DOT))
         v = to_dot(v_pages.load([page, r, 0, 0]).reshape([BLOCK, D]), DOT)
@@ -169,8 +212,7 @@ def attend_gathered(
         for i in tl.range(0, turns, QUERIES, num_stages=STAGES):
             at = i + rows // GROUP
             real = at < turns
-            mine = of_row(entry, nth, at)
-            q_at = q_ptr + (lo + mine // TOPK).to(tl.int64) * q_token + (r * GROUP + head) * q_head
+            q_at = q_ptr + (lo + of_row(query, nth, at)).to(tl.int64) * q_token + (r * GROUP + head) * q_head
             q = tl.load(q_at[:, None] + d[None], mask=real[:, None], other=0.0, eviction_policy="evict_last")
             seen = key[None] <= of_row(last, nth, at)[:, None]
             scores = tl.where(seen, tl.dot(q, k) * score_mul, -INF)
@@ -183,7 +225,7 @@ def attend_gathered(
             share = v_mul / whole
             unit = tl.max(tl.abs(out), 1) * tl.abs(share)
             unit = tl.where(unit > 0.0, unit, 1.0)
-            to = mine.to(tl.int64) * GROUP + head
+            to = (start + at).to(tl.int64) * GROUP + head
             out *= (share / unit)[:, None]
             part_at = part_ptr + to[:, None] * D + d[None]
             tl.store(part_at, out.to(tl.float16), mask=real[:, None], eviction_policy=PASSING)
@@ -191,32 +233,32 @@ def attend_gathered(
             tl.store(part_lse_ptr + to, tl.where(some, (top + tl.log2(whole)) * LN2, -INF), mask=real)
 
 
-@triton.jit(do_not_specialize=["lo", "tokens", "heads", "r"])
+@triton.jit(do_not_specialize=["count", "lo", "heads", "r"])
 def join_slots(
-    part_ptr, unit_ptr, part_lse_ptr, out_ptr, lse_ptr, blocks_ptr, tile_ptr, length_ptr, lo, tokens, heads, r,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr,
+    part_ptr, unit_ptr, part_lse_ptr, out_ptr, lse_ptr, places_ptr, count, lo, heads, r, GROUP: tl.constexpr,
+    SHARE: tl.constexpr, HALF: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One query's heads of a group, if its tile was not attended to as one: its union's length is then negative."""
+    """HALF of one query's heads of a group, if its tile was gathered."""
     query = tl.program_id(0).to(tl.int64)
-    if tl.load(length_ptr + tl.load(tile_ptr + query) * HEADS + r // SHARE) < 0:
-        slots = tl.arange(0, TOPK)
-        head = tl.arange(0, GROUP)
+    slots = tl.arange(0, TOPK)
+    places_ptr += (r // SHARE).to(tl.int64) * count + query * TOPK
+    place = tl.load(places_ptr + slots)
+    if tl.max(place, 0) > -2:
+        head = tl.program_id(1) * HALF + tl.arange(0, HALF)
         d = tl.arange(0, D)
-        blocks_ptr += ((r // SHARE) * tokens + lo + query) * TOPK
-        at = (query * TOPK + slots)[:, None] * GROUP + head[None]
-        real = (tl.load(blocks_ptr + slots) >= 0)[:, None]
-        lse = tl.load(part_lse_ptr + at, mask=real, other=-INF)
-        unit = tl.load(unit_ptr + at, mask=real, other=0.0)
+        at = tl.maximum(place, 0).to(tl.int64)[:, None] * GROUP + head[None]
+        lse = tl.where((place >= 0)[:, None], tl.load(part_lse_ptr + at), -INF)
+        unit = tl.load(unit_ptr + at)
         top = tl.max(lse, 0)
         safe = tl.where(top == -INF, 0.0, top)
         weights = tl.exp(lse - safe[None])
         total = tl.sum(weights, 0)
         whole = tl.where(total > 0.0, total, 1.0)
-        weights *= unit / whole[None]
-        out = tl.zeros([GROUP, D], tl.float32)
+        weights = tl.where(weights > 0.0, weights * unit / whole[None], 0.0)
+        out = tl.zeros([HALF, D], tl.float32)
         for slot in tl.static_range(TOPK):
-            # Whatever stands where no block was selected is read too: a mask would let the load wait for the blocks.
-            at = (query * TOPK + slot) * GROUP + head
+            # Where no block was selected something is read too: a mask would let the load wait for the weights.
+            at = tl.maximum(tl.load(places_ptr + slot), 0).to(tl.int64) * GROUP + head
             x = tl.load(part_ptr + at[:, None] * D + d[None], eviction_policy=PASSING).to(tl.float32)
             weight = tl.sum(tl.where(slots[:, None] == slot, weights, 0.0), 0)[:, None]
             out += tl.where(weight > 0.0, x, 0.0) * weight

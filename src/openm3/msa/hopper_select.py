@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # Names that changed: since Triton 3.7, and in 3.6; since 3.9, and before.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 load_page = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_rows = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 seen_as = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 INF = gl.constexpr(float("inf"))
