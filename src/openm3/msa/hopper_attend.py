@@ -159,21 +159,23 @@ def attend_tiles(
     tile = gl.program_id(0) + tile_start
     r = gl.program_id(1)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    seq = gl.load(seq_ptr + tile).to(gl.int64)
-    first = gl.load(first_ptr + tile)
-    count = gl.load(count_ptr + tile)
-    row = gl.arange(0, 2 * ROWS, layout=flat)
-    real = row < count * GROUP
-    position = gl.load(positions_ptr + first + row // GROUP, mask=real, other=-1).to(gl.int32)
-    whole = (gl.min(gl.where(real, position, HIGHEST), 0) + 1) // BLOCK  # blocks before it are seen as a whole
-    length = (gl.max(position, 0) + BLOCK) // BLOCK
     chosen = list_ptr
+    length = 0
     if SELECTED:
         nth = gl.program_id(0) * (gl.num_programs(1) // SHARE) + r // SHARE
         chosen = list_ptr + nth.to(gl.int64) * WIDTH
         length = gl.load(length_ptr + nth)
 
     if length >= 0:
+        seq = gl.load(seq_ptr + tile).to(gl.int64)
+        first = gl.load(first_ptr + tile)
+        count = gl.load(count_ptr + tile)
+        row = gl.arange(0, 2 * ROWS, layout=flat)
+        real = row < count * GROUP
+        position = gl.load(positions_ptr + first + row // GROUP, mask=real, other=-1).to(gl.int32)
+        whole = (gl.min(gl.where(real, position, HIGHEST), 0) + 1) // BLOCK  # blocks before it are seen as a whole
+        if not SELECTED:
+            length = (gl.max(position, 0) + BLOCK) // BLOCK
         half: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         q_smem = gl.allocate_shared_memory(k_pages.dtype, [2, ROWS, D], half)
         k_ring = gl.allocate_shared_memory(k_pages.dtype, [STAGES, BLOCK, D], half)
