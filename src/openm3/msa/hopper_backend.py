@@ -414,7 +414,7 @@ def _attend_prompt(
             with on(device):
                 triton_attend.unite_blocks[(n, index_heads)](
                     blocks, lists, lengths, tiles.first, tiles.count, tokens, a, QUERIES=UNITED, TOPK=plan.topk,
-                    TOPK_PAD=plan.topk, LIMIT=limit, num_warps=max(1, min(8, UNITED * plan.topk // 32)),
+                    TOPK_PAD=plan.topk, LIMIT=limit, num_warps=1,
                 )  # fmt: skip
             _attend_tiles(q, k, v, plan, softmax_scale, tiles, a, n, lists, lengths, out, lse)
         if limit < UNITED * plan.topk:

@@ -63,19 +63,8 @@ def finish(acc, total, top, v_mul, out_ptr, lse_ptr, at, d, real, D: tl.constexp
 
 
 @triton.jit
-def _selections(
-    blocks_ptr, first, count, STRIDE: tl.constexpr, QUERIES: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr
-):
-    """Blocks that QUERIES of a tile selected, every STRIDE-th, as one row; whose they are, as a bit each query has;
-    where a block stands for the first time. Every one is compared with every other: there are few."""
-    lane = tl.arange(0, QUERIES * TOPK_PAD)
-    query = lane // TOPK_PAD * STRIDE
-    filled = (query < count) & (lane % TOPK_PAD < TOPK)
-    block = tl.load(blocks_ptr + (first + query) * TOPK + lane % TOPK_PAD, mask=filled, other=-1)
-    mine, other = tl.expand_dims(block, 1), tl.expand_dims(block, 0)
-    same = (mine == other) & (mine >= 0)
-    bits = tl.sum(same.to(tl.int32) << tl.expand_dims(query, 0), 1)  # a query selects a block once
-    return block, bits, (block >= 0) & ((bits & ((1 << query) - 1)) == 0)
+def _either(block, bits, next_block, next_bits):
+    return next_block, tl.where(block == next_block, bits | next_bits, next_bits)
 
 
 @triton.jit(do_not_specialize=["tokens", "tile_start"])
@@ -83,26 +72,33 @@ def unite_blocks(
     blocks_ptr, list_ptr, length_ptr, first_ptr, count_ptr, tokens, tile_start,
     QUERIES: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """What the queries of a tile selected, for one index head: each block once, ascending, with who selected it.
+    """What the at most 8 queries of a tile selected, for one index head: each block once, ascending, with who selected
+    it. An entry is block * 256 + a bit a query. With a LIMIT, the length of a longer union is -1.
 
-    An entry is block * 256 + a bit a query. With a LIMIT, a union of more blocks has length -1 and no list; half of
-    the queries are asked first, whose union is mostly long enough to know.
+    All selected blocks are sorted, which one warp does in its registers; then each entry learns who else stands before
+    and behind it for the same block, and the last one knows of all.
     """
     tile = tl.program_id(0) + tile_start
     head = tl.program_id(1)
+    WIDTH: tl.constexpr = QUERIES * TOPK_PAD
+    NONE: tl.constexpr = 2**31 - 1
+    lane = tl.arange(0, WIDTH)
+    query = lane // TOPK_PAD
+    token = tl.load(first_ptr + tile).to(tl.int64) + query
+    filled = (query < tl.load(count_ptr + tile)) & (lane % TOPK_PAD < TOPK)
+    at = (head.to(tl.int64) * tokens + token) * TOPK + lane % TOPK_PAD
+    block = tl.load(blocks_ptr + at, mask=filled, other=-1)
+    key = tl.sort(tl.where(block >= 0, block * 8 + query, NONE))
+    block = key >> 3
+    mine = 1 << (key & 7)
+    _, before = tl.associative_scan((block, mine), 0, _either)
+    _, behind = tl.associative_scan((block, mine), 0, _either, reverse=True)
+    bits = before | behind
+    last = (before == bits) & (key != NONE)
+    rank = tl.cumsum(last.to(tl.int32), 0) - 1
     row = tl.program_id(0) * tl.num_programs(1) + head
-    first, count = tl.load(first_ptr + tile).to(tl.int64), tl.load(count_ptr + tile)
-    blocks_ptr += head.to(tl.int64) * tokens * TOPK
-    length = 0
-    if LIMIT > 0:
-        _, _, some = _selections(blocks_ptr, first, count, 2, QUERIES // 2, TOPK, TOPK_PAD)
-        length = tl.sum(some.to(tl.int32), 0)
-    if LIMIT == 0 or length <= LIMIT:
-        block, bits, new = _selections(blocks_ptr, first, count, 1, QUERIES, TOPK, TOPK_PAD)
-        earlier = tl.expand_dims(new, 0) & (tl.expand_dims(block, 0) < tl.expand_dims(block, 1))
-        rank = tl.sum(earlier.to(tl.int32), 1)
-        tl.store(list_ptr + row * (QUERIES * TOPK_PAD) + rank, block * 256 + bits, mask=new)
-        length = tl.sum(new.to(tl.int32), 0)
+    tl.store(list_ptr + row * WIDTH + rank, block * 256 + bits, mask=last)
+    length = tl.sum(last.to(tl.int32), 0)
     if LIMIT > 0:
         length = tl.where(length <= LIMIT, length, -1)
     tl.store(length_ptr + row, length)

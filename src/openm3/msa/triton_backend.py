@@ -256,7 +256,7 @@ def unions(blocks: Tensor, plan: Plan, tiles: Tiles, queries: int) -> Iterator[t
         n = min(strip, len(tiles) - a)
         kernels.unite_blocks[(n, heads)](
             blocks, lists, lengths, tiles.first, tiles.count, blocks.shape[1], a, QUERIES=queries, TOPK=plan.topk,
-            TOPK_PAD=topk_pad, LIMIT=0, num_warps=max(1, min(8, width // 32)),
+            TOPK_PAD=topk_pad, LIMIT=0, num_warps=1,
         )  # fmt: skip
         yield a, n, lists, lengths
 
