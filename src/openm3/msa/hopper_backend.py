@@ -473,7 +473,7 @@ def _gather(
         attend = (_attend_streamed if "shares" in passes else _attend_gathered)(call, k, v, turns, parts, lo)
         for r in range(hkv):
             attend(r)
-            kernels.join_slots[(hi - lo, group // half)](
+            kernels.join_slots[((hi - lo) * (group // half),)](
                 *parts, out, lse, turns.places, turns.places.shape[1], lo, heads, r, GROUP=group,
                 SHARE=hkv // index_heads, HALF=half, TOPK=plan.topk, D=DIM, num_warps=tuning.join_warps,
             )  # fmt: skip

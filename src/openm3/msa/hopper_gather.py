@@ -239,12 +239,12 @@ def join_slots(
     SHARE: tl.constexpr, HALF: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """HALF of one query's heads of a group, if its tile was gathered."""
-    query = tl.program_id(0).to(tl.int64)
+    query = (tl.program_id(0) // (GROUP // HALF)).to(tl.int64)
     slots = tl.arange(0, TOPK)
     places_ptr += (r // SHARE).to(tl.int64) * count + query * TOPK
     place = tl.load(places_ptr + slots)
     if tl.max(place, 0) > -2:
-        head = tl.program_id(1) * HALF + tl.arange(0, HALF)
+        head = tl.program_id(0) % (GROUP // HALF) * HALF + tl.arange(0, HALF)
         d = tl.arange(0, D)
         at = tl.maximum(place, 0).to(tl.int64)[:, None] * GROUP + head[None]
         lse = tl.where((place >= 0)[:, None], tl.load(part_lse_ptr + at), -INF)
