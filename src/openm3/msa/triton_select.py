@@ -193,12 +193,32 @@ def pick_blocks(
 
 
 @triton.jit
+def _before(one):
+    """Sums of what stands before each entry of a row. Long ones by parts: one scan over all has each thread of many
+    warps add up what all the others' parts have."""
+    LENGTH: tl.constexpr = one.shape[0]
+    if LENGTH <= 256:
+        return tl.cumsum(one, 0) - one
+    elif LENGTH <= 1024:
+        part = tl.arange(0, LENGTH // 128)
+        cut = tl.reshape(one, [LENGTH // 128, 128])
+        total = tl.sum(cut, 1)
+        earlier = tl.sum(tl.where(part[None] < part[:, None], total[None], 0), 1)
+        return tl.reshape(tl.cumsum(cut, 1) - cut + earlier[:, None], [LENGTH])
+    else:
+        cut = tl.reshape(one, [LENGTH // 8, 8])
+        total = tl.sum(cut, 1)
+        earlier = tl.cumsum(total, 0) - total
+        return tl.reshape(tl.cumsum(cut, 1) - cut + earlier[:, None], [LENGTH])
+
+
+@triton.jit
 def _place(row, rank, ids, seen, low, room, counted, blocks_ptr, values_ptr, VALUES: tl.constexpr):
     """Stores the taken blocks of one chunk. Returns `counted` after it: better blocks + 256 * those that tie."""
     better = rank > low
     tie = (rank == low) & (ids < seen)
     one = better.to(tl.int32) + tie.to(tl.int32) * 256  # fewer than 256 are better: both counts in one prefix sum
-    before = tl.cumsum(one, 0) - one + counted
+    before = _before(one) + counted
     ties = before >> 8
     taken = better | (tie & (ties < room))
     slot = (before & 255) + tl.minimum(ties, room)
