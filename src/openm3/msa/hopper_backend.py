@@ -424,14 +424,12 @@ def _attend_prompt(
 
 def _passes(q: Tensor, k: Tensor, queries: int, plan: Plan) -> dict[str, int]:
     """How gathered queries are cut, as `by_page` takes it: so many a pass, into shares if they are streamed. Each
-    window reads the pages again: there are as many as cost a fourth of what reading all queries anew would."""
+    window reads the pages again: there are as many as cost an eighth of what reading all queries anew would."""
     if k.dtype != q.dtype or triton_backend._interpreted():
         return dict(chunk=TUNING.gather_chunk)
-    group, most = (
-        q.shape[1] // k.shape[1],
-        1 + queries * plan.topk * (q.shape[1] // k.shape[1]) // (8 * BLOCK * _seen(plan)),
-    )
-    windows = max(1, min(-(-queries // TUNING.page_window), most))
+    group = q.shape[1] // k.shape[1]
+    worth = 1 + queries * plan.topk * group // (16 * BLOCK * _seen(plan))
+    windows = max(1, min(-(-queries // TUNING.page_window), worth))
     return dict(chunk=PASS_ROWS // group, windows=windows, shares=windows * triton_backend._multiprocessors(q.device))
 
 
