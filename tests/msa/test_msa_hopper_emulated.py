@@ -26,6 +26,7 @@ if not triton.knobs.runtime.interpret:
 from triton_interpreted import an_interpreter_that_multiplies_bf16  # noqa: E402, F401
 
 from openm3.msa import hopper_attend, hopper_backend, hopper_page, hopper_select, reference, triton_backend  # noqa: E402
+from openm3.msa.hopper_gather import Cut  # noqa: E402
 from openm3.msa.triton_tiles import tiles_of  # noqa: E402
 
 PATIENCE = 20.0  # seconds until a wait counts as one without end
@@ -321,10 +322,11 @@ def test_sparse_attention_of_a_prompt_is_the_references(case, union, monkeypatch
     assert relative(lse, wanted_lse) <= 1e-5
 
 
-@pytest.mark.parametrize(("case", "window"), [(CASES[0], 2048), (CASES[1], 4), (CASES[2], 3)])
-def test_queries_gathered_by_page_are_the_references(case, window, monkeypatch):
-    tuning = replace(hopper_backend.TUNING, union=1.125, page_window=window)
-    monkeypatch.setattr(hopper_backend, "_seen", lambda plan: 1)  # so that windows are worth it
+@pytest.mark.parametrize(("case", "windows"), [(CASES[0], 1), (CASES[1], 3), (CASES[2], 2)])
+def test_queries_gathered_by_page_are_the_references(case, windows, monkeypatch):
+    tuning = replace(hopper_backend.TUNING, union=1.125)
+    cut = Cut(64 // case.group, 4 * windows, windows)
+    monkeypatch.setattr(hopper_backend, "_cut", lambda *args: cut)
     monkeypatch.setattr(hopper_backend, "TUNING", tuning)
     monkeypatch.setattr(hopper_backend, "MOST_QUERIES", 1)
     monkeypatch.setattr(triton_backend, "_interpreted", lambda: False)

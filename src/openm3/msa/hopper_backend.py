@@ -26,7 +26,7 @@ from openm3.msa.triton_backend import FP8, HALVES, Call, on, pad
 from openm3.msa.triton_tiles import Tiles, once, strips_of, tiles_of
 
 if TYPE_CHECKING:
-    from openm3.msa.hopper_gather import Turns
+    from openm3.msa.hopper_gather import Cut, Turns
 
 __all__ = ["TUNING", "Tuning", "dense_attention", "refusal", "select_blocks", "sparse_attention"]
 
@@ -404,8 +404,8 @@ def _attend_prompt(
     q = call.q
     tokens, index_heads, device = len(q), len(blocks), q.device
     out, lse = _results(q)
-    most = _most_queries(q, k, index_heads, plan)
-    tiles, pieces = once(plan, ("pieces", most), lambda: _pieces(plan, most))
+    key = ("pieces", q.shape[1] // k.shape[1], index_heads, k.dtype, TUNING)
+    tiles, pieces = once(plan, key, lambda: _pieces(plan, _most_queries(q, k, index_heads, plan)))
     limit = int(TUNING.union * plan.topk) if k.dtype != FP8 else 0
     for a, n, lo, hi, tile_of in pieces:
         lengths = torch.full((n, index_heads), -1, dtype=torch.int32, device=device)
@@ -422,15 +422,17 @@ def _attend_prompt(
     return out, lse
 
 
-def _passes(q: Tensor, k: Tensor, queries: int, plan: Plan) -> dict[str, int]:
-    """How gathered queries are cut, as `by_page` takes it: so many a pass, into shares if they are streamed. Each
-    window reads the pages again: there are as many as cost an eighth of what reading all queries anew would."""
+def _cut(q: Tensor, k: Tensor, queries: int, plan: Plan) -> Cut:
+    """How the pairs of so many queries are cut: into shares, if their pages are streamed. Each window reads the pages
+    again: there are as many as cost an eighth of what reading all queries anew would."""
+    from openm3.msa.hopper_gather import Cut
+
     if k.dtype != q.dtype or triton_backend._interpreted():
-        return dict(chunk=TUNING.gather_chunk)
+        return Cut(TUNING.gather_chunk)
     group = q.shape[1] // k.shape[1]
     worth = 1 + queries * plan.topk * group // (16 * BLOCK * _seen(plan))
     windows = max(1, min(-(-queries // TUNING.page_window), worth))
-    return dict(chunk=PASS_ROWS // group, windows=windows, shares=windows * triton_backend._multiprocessors(q.device))
+    return Cut(PASS_ROWS // group, windows * triton_backend._multiprocessors(q.device), windows)
 
 
 def _seen(plan: Plan) -> int:
@@ -439,16 +441,21 @@ def _seen(plan: Plan) -> int:
 
 
 def _most_queries(q: Tensor, k: Tensor, index_heads: int, plan: Plan) -> int:
-    """So many that the parts of the gathered ones, for one KV head, and lists stay in the workspace."""
-    passes = _passes(q, k, len(q), plan)
-    part = (q.shape[1] // k.shape[1]) * (2 * DIM + 8)
-    each, spare, shares = plan.topk * (part + index_heads * 64), (passes["chunk"] - 1) * part, passes.get("shares", 0)
-    if not shares:
-        return max(UNITED, plan.workspace_bytes // each // UNITED * UNITED)
-    room = plan.workspace_bytes - spare * shares
-    few = room // (each + spare * plan.topk)  # each pair with a chunk of its own, or each page with two a window
-    many = (room - spare * 2 * _seen(plan) * passes["windows"]) // each
-    return max(UNITED, few // UNITED * UNITED, many // UNITED * UNITED)
+    """So many that the gathered ones' parts, for one KV head, and their order stay in the workspace, but UNITED at
+    least: theirs take up to 7 MB."""
+    seen, topk = _seen(plan), plan.topk
+
+    def fits(tiles: int) -> bool:
+        queries = tiles * UNITED
+        _, places = _cut(q, k, queries, plan).sizes(queries * topk, seen)
+        part = (q.shape[1] // k.shape[1]) * (2 * DIM + 8)
+        return places * part + queries * topk * index_heads * 64 <= plan.workspace_bytes
+
+    low, high = 1, max(1, sum(-(-n // UNITED) for n in plan.lens_q))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * UNITED
 
 
 def _gather(
@@ -461,19 +468,18 @@ def _gather(
     q, hkv, index_heads, tuning = call.q, k.shape[1], len(blocks), TUNING
     heads = q.shape[1]
     group = heads // hkv
-    half = min(group, tuning.join_heads)
-    passes = _passes(q, k, hi - lo, plan)
+    joined, cut = min(group, tuning.join_heads), _cut(q, k, hi - lo, plan)
     with on(q.device):
-        turns = kernels.by_page(blocks, plan, lo, hi, tile_of, lengths, len(k), **passes)
+        turns = kernels.by_page(blocks, plan, lo, hi, tile_of, lengths, len(k), _seen(plan), cut)
         part = torch.empty(turns.room, group, DIM, dtype=torch.float16, device=q.device)
         unit, part_lse = (torch.empty(part.shape[:2], dtype=torch.float32, device=q.device) for _ in range(2))
         parts = (part, unit, part_lse)
-        attend = (_attend_streamed if "shares" in passes else _attend_gathered)(call, k, v, turns, parts, lo)
+        attend = (_attend_streamed if cut.shares else _attend_gathered)(call, k, v, turns, parts, lo)
         for r in range(hkv):
             attend(r)
-            kernels.join_slots[((hi - lo) * (group // half),)](
+            kernels.join_slots[((hi - lo) * (group // joined),)](
                 *parts, out, lse, turns.places, turns.places.shape[1], lo, heads, r, GROUP=group,
-                SHARE=hkv // index_heads, HALF=half, TOPK=plan.topk, D=DIM, num_warps=tuning.join_warps,
+                SHARE=hkv // index_heads, HEADS=joined, TOPK=plan.topk, D=DIM, num_warps=tuning.join_warps,
             )  # fmt: skip
 
 
@@ -493,7 +499,7 @@ def _attend_streamed(
     part_map = _swizzled(part.view(-1, DIM), [PASS_ROWS, DIM])
 
     def attend(r: int) -> None:
-        hopper_page.attend_pages[(min(shares, triton_backend._multiprocessors(q.device)),)](
+        hopper_page.attend_pages[(triton_backend._multiprocessors(q.device),)](
             *maps, part_map, *others, turns.pages, turns.queries, turns.lasts, turns.starts, turns.firsts, count, most,
             shares, lo, r, *call.factors, GROUP=group, SHARE=hkv // len(turns.pages), BLOCK=BLOCK, D=DIM,
             num_warps=4,

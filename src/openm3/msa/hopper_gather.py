@@ -21,18 +21,40 @@ from openm3.msa.triton_select import to_dot
 
 INF = tl.constexpr(float("inf"))
 LN2 = tl.constexpr(0.6931471805599453)
-WIDE = 1024  # entries that one program puts in order
+WIDE = 1024  # pairs that one program puts in order
 PASSING = tl.constexpr("evict_first")  # parts are more than the L2 holds, and would drive the queries out of it
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How the pairs of a query and one of its blocks are cut into chunks, which are of one page: at every multiple of
+    `chunk` pairs. Or, with `shares`, where one of so many equal shares ends; then a chunk passes through its page
+    `chunk` pairs at a time, the last ones of which may be fewer, and results of whole passes are put down. Whoever
+    takes shares in turn keeps to one of `windows` equal runs of queries for a while, which the L2 may then hold."""
+
+    chunk: int
+    shares: int = 0
+    windows: int = 1
+
+    def sizes(self, count: int, seen: int) -> tuple[int, int]:
+        """Of `count` pairs over `seen` blocks of all sequences: the most chunks, and places for results."""
+        chunks = (self.shares or -(-count // self.chunk)) + min(count, 2 * seen * self.windows)
+        return chunks, count + self.spare * chunks
+
+    @property
+    def spare(self) -> int:
+        """Places behind each chunk that its last pass may write beyond it."""
+        return self.chunk - 1 if self.shares else 0
+
+
+@dataclass(frozen=True)
 class Turns:
-    """Pairs of a query and one of its blocks in the order of their window of queries, their page, and whether they see
-    all of it; int32 [Hi, E]: `pages`, `queries` (counted from the first of the piece), `lasts` (the last key of its
-    page that the query sees). Chunk c begins at starts[c] // 2, `starts` [Hi, most + 2], and ends where the next one
-    does; it is odd where all see all. Share n of the pairs has chunks firsts[n] .. firsts[n + 1], and the last of
-    `firsts` [Hi, shares + 1] is how many there are. Where the result of (query, slot) is put: `places` [Hi, E], -1 for
-    none, -2 for one of a tile that is not gathered, `room` at most."""
+    """Pairs in the order of their window, their page, and whether they see all of it, int32 [Hi, pairs]: `pages`,
+    `queries` (counted from the first of the piece), `lasts` (the last key of its page that the query sees). Chunk c
+    begins at starts[c] // 2, `starts` [Hi, chunks at most + 2], and ends where the next one does; starts[c] is odd
+    where all pairs of the chunk see all: one number, since every reader needs both. Share n has chunks firsts[n] ..
+    firsts[n + 1], and the last of `firsts` [Hi, shares + 1] is how many there are. `places` [Hi, pairs]: where the
+    result of (query, slot) is put, -1 for none, -2 for one of a tile that is not gathered; all are below `room`."""
 
     pages: Tensor
     queries: Tensor
@@ -44,42 +66,38 @@ class Turns:
 
 
 def by_page(
-    blocks: Tensor, plan: Plan, lo: int, hi: int, tile_of: Tensor, lengths: Tensor, pool: int, chunk: int,
-    shares: int = 0, windows: int = 1,
-) -> Turns:  # fmt: skip
-    """The pairs of queries lo .. hi, of blocks [Hi, T, topk], whose tile (`tile_of`) has a negative length [n, Hi].
-
-    A chunk is of one page of `pool`, and ends at a multiple of `chunk` at the latest. With `shares`, it ends instead
-    where one of so many equal shares does, and passes through its page `chunk` pairs at a time, the last ones of which
-    may be fewer: there is room for the results of whole passes. Whoever takes shares in turn keeps to one of `windows`
-    equal runs of queries for a while, which the L2 may then hold."""
+    blocks: Tensor, plan: Plan, lo: int, hi: int, tile_of: Tensor, lengths: Tensor, pool: int, seen: int, cut: Cut
+) -> Turns:
+    """The pairs of queries lo .. hi, of blocks [Hi, T, topk], whose tile (`tile_of`) has a negative length [n, Hi];
+    pages are of a `pool`, blocks of all sequences `seen`."""
     heads, tokens, topk = blocks.shape
     count, device = (hi - lo) * topk, blocks.device
-    seen = sum(-(-n // plan.block_size) for n in plan.lens_k)
-    most = (shares or -(-count // chunk)) + min(count, 2 * seen * windows)
-    spare = chunk - 1 if shares else 0
+    most, room = cut.sizes(count, seen)
+    window, windows = -(-(hi - lo) // cut.windows), cut.windows
 
     def row(n: int) -> Tensor:
         return torch.empty(heads, n, dtype=torch.int32, device=device)
 
     keys, begins, pages, queries, lasts, places = (row(count) for _ in range(6))
-    starts, firsts, totals = row(most + 2), row(shares + 1), row(1).zero_()
-    window = -(-(hi - lo) // windows)
-    grid, cut = (triton.cdiv(count, WIDE), heads), dict(SHARES=shares, CHUNK=chunk, WIDE=WIDE, num_warps=4)
+    starts, firsts, totals = row(most + 2), row(cut.shares + 1), row(1).zero_()
+    grid, sized = (
+        (triton.cdiv(count, WIDE), heads),
+        dict(SHARED=cut.shares > 0, CHUNK=cut.chunk, WIDE=WIDE, num_warps=4),
+    )
     page_keys[grid](
         blocks, plan.page_table, plan.seq_ids, plan.positions, tile_of, lengths, keys, totals, count, lo, tokens,
         plan.page_table.stride(0), plan.page_table.stride(1), pool, window, windows, HEADS=heads, TOPK=topk,
         BLOCK=plan.block_size, WIDE=WIDE, num_warps=4,
     )  # fmt: skip
     keys, order = keys.flatten().sort(stable=True)
-    chunk_begins[grid](keys, begins, totals, count, **cut)
+    chunk_begins[grid](keys, begins, totals, count, cut.shares, **sized)
     counted = begins.flatten().cumsum(0, dtype=torch.int32)
     whose_turn[grid](
         keys, order, counted, totals, blocks, plan.positions, pages, queries, lasts, starts, firsts, places, count,
-        most, lo, tokens, pool, windows, tile_of, lengths, HEADS=heads, SPARE=spare, TOPK=topk,
-        BLOCK=plan.block_size, **cut,
+        most, lo, tokens, pool, windows, cut.shares, tile_of, lengths, HEADS=heads, SPARE=cut.spare, TOPK=topk,
+        BLOCK=plan.block_size, **sized,
     )  # fmt: skip
-    return Turns(pages, queries, lasts, starts, firsts, places, count + spare * most)
+    return Turns(pages, queries, lasts, starts, firsts, places, room)
 
 
 @triton.jit(do_not_specialize=["count", "lo", "tokens", "table_row", "table_column", "pool", "window", "windows"])
@@ -106,17 +124,17 @@ def page_keys(
 
 
 @triton.jit
-def _cut(total, SHARES: tl.constexpr, CHUNK: tl.constexpr):
+def _cut(total, shares, SHARED: tl.constexpr, CHUNK: tl.constexpr):
     """At which multiples a chunk ends, of `total` pairs."""
-    if SHARES:
-        return tl.maximum(tl.cdiv(total, SHARES * CHUNK), 1) * CHUNK
+    if SHARED:
+        return tl.maximum(tl.cdiv(total, shares * CHUNK), 1) * CHUNK
     else:
         return CHUNK
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "shares"])
 def chunk_begins(
-    keys_ptr, begins_ptr, totals_ptr, count, SHARES: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr
+    keys_ptr, begins_ptr, totals_ptr, count, shares, SHARED: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr
 ):
     """1 where a chunk of one head's sorted pairs begins."""
     row = tl.program_id(1)
@@ -126,15 +144,15 @@ def chunk_begins(
     key = tl.load(keys_ptr + at, mask=real, other=0)
     before = tl.load(keys_ptr + at - 1, mask=real & (at > 0), other=-1)
     total = tl.load(totals_ptr + row)
-    begins = (at < total) & ((key != before) | (at % _cut(total, SHARES, CHUNK) == 0))
+    begins = (at < total) & ((key != before) | (at % _cut(total, shares, SHARED, CHUNK) == 0))
     tl.store(begins_ptr + row * count + at, begins.to(tl.int32), mask=real)
 
 
-@triton.jit(do_not_specialize=["count", "most", "lo", "tokens", "pool", "windows"])
+@triton.jit(do_not_specialize=["count", "most", "lo", "tokens", "pool", "windows", "shares"])
 def whose_turn(
     keys_ptr, order_ptr, counted_ptr, totals_ptr, blocks_ptr, positions_ptr, pages_ptr, queries_ptr, lasts_ptr,
-    starts_ptr, firsts_ptr, places_ptr, count, most, lo, tokens, pool, windows, tile_ptr, length_ptr,
-    HEADS: tl.constexpr, SPARE: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+    starts_ptr, firsts_ptr, places_ptr, count, most, lo, tokens, pool, windows, shares, tile_ptr, length_ptr,
+    HEADS: tl.constexpr, SPARE: tl.constexpr, TOPK: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr,
     CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One head's places in the order, WIDE of them: the page, whose pair is there, how far it sees, where its result
@@ -159,18 +177,19 @@ def whose_turn(
     nowhere = tl.where(tl.load(length_ptr + tile * HEADS + row, mask=real & (at >= total), other=0) < 0, -1, -2)
     tl.store(places_ptr + row * count + pair, tl.where(at < total, at + chunk * SPARE, nowhere), mask=real)
     starts_ptr += row * (most + 2)
-    firsts_ptr += row * (SHARES + 1)
+    firsts_ptr += row * (shares + 1)
     tl.store(starts_ptr + chunk, 2 * at + (key & 1), mask=begins)
-    cut = _cut(total, SHARES, CHUNK)
-    if SHARES:
+    cut = _cut(total, shares, SHARED, CHUNK)
+    if SHARED:
         tl.store(firsts_ptr + at // cut, chunk, mask=begins & (at % cut == 0))
     if tl.program_id(0) == 0:
         chunks = tl.load(counted_ptr + (row + 1) * count - 1) - before
         tl.store(starts_ptr + chunks, 2 * total)
         tl.store(starts_ptr + chunks + 1, 2 * total)
-        share = tl.arange(0, triton.next_power_of_2(SHARES + 1))
-        none = ((share * cut >= total) & (share < SHARES)) | (share == SHARES)
-        tl.store(firsts_ptr + share, chunks + 0 * share, mask=none)
+        for begin in range(0, shares + 1, WIDE):
+            share = begin + tl.arange(0, WIDE)
+            none = ((share * cut >= total) & (share < shares)) | (share == shares)
+            tl.store(firsts_ptr + share, chunks + 0 * share, mask=none)
 
 
 @triton.jit
@@ -236,15 +255,15 @@ def attend_gathered(
 @triton.jit(do_not_specialize=["count", "lo", "heads", "r"])
 def join_slots(
     part_ptr, unit_ptr, part_lse_ptr, out_ptr, lse_ptr, places_ptr, count, lo, heads, r, GROUP: tl.constexpr,
-    SHARE: tl.constexpr, HALF: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr,
+    SHARE: tl.constexpr, HEADS: tl.constexpr, TOPK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """HALF of one query's heads of a group, if its tile was gathered."""
-    query = (tl.program_id(0) // (GROUP // HALF)).to(tl.int64)
+    """HEADS of one query's heads of a group, if its tile was gathered."""
+    query = (tl.program_id(0) // (GROUP // HEADS)).to(tl.int64)
     slots = tl.arange(0, TOPK)
     places_ptr += (r // SHARE).to(tl.int64) * count + query * TOPK
     place = tl.load(places_ptr + slots)
     if tl.max(place, 0) > -2:
-        head = tl.program_id(0) % (GROUP // HALF) * HALF + tl.arange(0, HALF)
+        head = tl.program_id(0) % (GROUP // HEADS) * HEADS + tl.arange(0, HEADS)
         d = tl.arange(0, D)
         at = tl.maximum(place, 0).to(tl.int64)[:, None] * GROUP + head[None]
         lse = tl.where((place >= 0)[:, None], tl.load(part_lse_ptr + at), -INF)
@@ -255,7 +274,7 @@ def join_slots(
         total = tl.sum(weights, 0)
         whole = tl.where(total > 0.0, total, 1.0)
         weights = tl.where(weights > 0.0, weights * unit / whole[None], 0.0)
-        out = tl.zeros([HALF, D], tl.float32)
+        out = tl.zeros([HEADS, D], tl.float32)
         for slot in tl.static_range(TOPK):
             # Where no block was selected something is read too: a mask would let the load wait for the weights.
             at = tl.maximum(tl.load(places_ptr + slot), 0).to(tl.int64) * GROUP + head

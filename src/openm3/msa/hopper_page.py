@@ -1,6 +1,6 @@
 """What `attend_gathered` of `hopper_gather.py` does, for bf16 and fp16 pages, with its waits behind each other's work.
 
-One program a multiprocessor takes an equal share of the (query, block) pairs, in the order of their pages. A producer
+One program a multiprocessor takes every so many-th of equal shares of the pairs, in the order of `by_page`. A producer
 warp brings the next page's keys and values while this one's are in use, and each pass's queries ahead of its turn.
 WORKERS warpgroups take the passes in turn, 64 rows each: while one takes its softmax or hands over its part, the others
 keep the tensor cores busy. Parts stand in the order of the pairs, so that a pass's result is one box, which a bulk copy
@@ -26,7 +26,7 @@ INF = gl.constexpr(float("inf"))
 LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # of one pass
 HALF = gl.constexpr(64)  # columns that one tensor map brings
-WORKERS = gl.constexpr(3)
+WORKERS = gl.constexpr(3)  # as many roles are listed at the end
 
 
 @gluon.jit
@@ -130,7 +130,7 @@ def _attend(
                 results.index(NTH).store(out.to(gl.float16))
                 fence_async_shared()
                 barrier()  # the part is whole
-                to = (start // 2 + (PER - 1) * c + at) * GROUP
+                to = (start // 2 + (PER - 1) * c + at) * GROUP  # as `whose_turn` places it: PER - 1 is `Cut.spare`
                 store_rows(part_map, [to, 0], results.index(NTH))
                 gl.store(unit_ptr + to + row, unit)
                 gl.store(part_lse_ptr + to + row, gl.where(some, (top * score_mul + gl.log2(whole)) * LN2, -INF))

@@ -195,7 +195,8 @@ def pick_blocks(
 @triton.jit
 def _before(one):
     """Sums of what stands before each entry of a row. Long ones by parts: one scan over all has each thread of many
-    warps add up what all the others' parts have."""
+    warps add up what all the others' parts have. Parts of 128 are one warp's own, which is the least where there is
+    one warp, as for rows that long; parts of 8 are one thread's own."""
     LENGTH: tl.constexpr = one.shape[0]
     if LENGTH <= 256:
         return tl.cumsum(one, 0) - one
