@@ -34,7 +34,7 @@ BLOCK = DIM = 128
 GROUPS, TOPKS, INDEX_HEADS = (8, 16), (8, 16, 32), (1, 2, 4)
 TILE_ROWS = 256  # (query, index head) pairs that one program scores
 TILE = 128  # rows of a tile of attention
-PASS_ROWS = 64  # of a pass of gathered queries
+PASS_ROWS = 64  # of a pass of gathered queries, ROWS of `hopper_page.py`
 UNITED = 8  # neighbouring queries that walk the union of their blocks: a bit each
 MOST_ROWS = 64  # of the narrow operand in decode: (query, head) pairs
 MOST_QUERIES = 16  # tokens a sequence that are still a decode step
@@ -408,8 +408,10 @@ def _attend_prompt(
     tiles, pieces = once(plan, key, lambda: _pieces(plan, _most_queries(q, k, index_heads, plan)))
     limit = int(TUNING.union * plan.topk) if k.dtype != FP8 else 0
     for a, n, lo, hi, tile_of in pieces:
-        lengths = torch.full((n, index_heads), -1, dtype=torch.int32, device=device)
-        if limit:
+        lengths = torch.empty(n, index_heads, dtype=torch.int32, device=device)
+        if not limit:
+            lengths.fill_(-1)
+        else:
             lists = torch.empty(n, index_heads, UNITED * plan.topk, dtype=torch.int32, device=device)
             with on(device):
                 triton_attend.unite_blocks[(n, index_heads)](

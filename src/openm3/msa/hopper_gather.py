@@ -80,10 +80,8 @@ def by_page(
 
     keys, begins, pages, queries, lasts, places = (row(count) for _ in range(6))
     starts, firsts, totals = row(most + 2), row(cut.shares + 1), row(1).zero_()
-    grid, sized = (
-        (triton.cdiv(count, WIDE), heads),
-        dict(SHARED=cut.shares > 0, CHUNK=cut.chunk, WIDE=WIDE, num_warps=4),
-    )
+    grid = (triton.cdiv(count, WIDE), heads)
+    sized = dict(SHARED=cut.shares > 0, CHUNK=cut.chunk, WIDE=WIDE, num_warps=4)
     page_keys[grid](
         blocks, plan.page_table, plan.seq_ids, plan.positions, tile_of, lengths, keys, totals, count, lo, tokens,
         plan.page_table.stride(0), plan.page_table.stride(1), pool, window, windows, HEADS=heads, TOPK=topk,
@@ -124,8 +122,8 @@ def page_keys(
 
 
 @triton.jit
-def _cut(total, shares, SHARED: tl.constexpr, CHUNK: tl.constexpr):
-    """At which multiples a chunk ends, of `total` pairs."""
+def _multiple(total, shares, SHARED: tl.constexpr, CHUNK: tl.constexpr):
+    """At whose multiples a chunk ends at the latest, of `total` pairs (`Cut`)."""
     if SHARED:
         return tl.maximum(tl.cdiv(total, shares * CHUNK), 1) * CHUNK
     else:
@@ -144,7 +142,7 @@ def chunk_begins(
     key = tl.load(keys_ptr + at, mask=real, other=0)
     before = tl.load(keys_ptr + at - 1, mask=real & (at > 0), other=-1)
     total = tl.load(totals_ptr + row)
-    begins = (at < total) & ((key != before) | (at % _cut(total, shares, SHARED, CHUNK) == 0))
+    begins = (at < total) & ((key != before) | (at % _multiple(total, shares, SHARED, CHUNK) == 0))
     tl.store(begins_ptr + row * count + at, begins.to(tl.int32), mask=real)
 
 
@@ -179,7 +177,7 @@ def whose_turn(
     starts_ptr += row * (most + 2)
     firsts_ptr += row * (shares + 1)
     tl.store(starts_ptr + chunk, 2 * at + (key & 1), mask=begins)
-    cut = _cut(total, shares, SHARED, CHUNK)
+    cut = _multiple(total, shares, SHARED, CHUNK)
     if SHARED:
         tl.store(firsts_ptr + at // cut, chunk, mask=begins & (at % cut == 0))
     if tl.program_id(0) == 0:

@@ -31,8 +31,9 @@ WORKERS = gl.constexpr(3)  # as many roles are listed at the end
 
 @gluon.jit
 def _queries(queries, at, end, lo, PER: gl.constexpr):
+    """A pass's queries, from place `at` of a chunk that ends at `end`; the last pass fills up with its last query."""
     mine = ()
-    for i in gl.static_range(PER):  # the last pass fills up with its last query
+    for i in gl.static_range(PER):
         mine = mine + (lo + gl.load(queries + gl.minimum(at + i, end - 1)),)  # noqa: RUF005
     return mine
 
